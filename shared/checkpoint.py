@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are complete or absent: written beside, renamed into place.
+
+A checkpoint holds what the future depends on: weights and optimizer state under the plain model's parameter names
+(torch.distributed.checkpoint), and in state.json the global step, the schedule and the gradient scaler. The sample
+order and the augmentation are functions of the step, so no random state and no loader state is in it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .config import UserError
+
+KEPT = 2
+
+
+def save_checkpoint(
+    run_folder: Path, step: int, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> Path:
+    """Write run_folder/checkpoints/step-XXXXXXXX; every process must call it. Only then are all but the KEPT newest removed."""
+    folder = run_folder / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"tmp-{step:08d}"
+    if final.exists():
+        # A run that was started from an older checkpoint comes by here again: the step decides the content.
+        return final
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    weights, moments = get_state_dict(model, _unwrapped(optimizer))
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+    if accelerator.is_main_process:
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        _write_json(temporary / "state.json", {"step": step, "scheduler": scheduler.state_dict(), "scaler": scaler})
+        os.rename(temporary, final)
+        _sync(folder)
+        for old in complete_checkpoints(folder)[:-KEPT]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> int:
+    """Put everything back and return the global step; every process must call it."""
+    optimizer = _unwrapped(optimizer)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state = json.loads((path / "state.json").read_text())
+    scheduler.load_state_dict(state["scheduler"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; a folder that bears this name was written to its end."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> Path | None:
+    """What `--resume_from_checkpoint` means here; None is a fresh start.
+
+    Raises UserError for a path that is no checkpoint, and for `never` where the folder holds one.
+    """
+    complete = complete_checkpoints(folder)
+    if resume_from_checkpoint == "auto":
+        return complete[-1] if complete else None
+    if resume_from_checkpoint == "never":
+        if complete:
+            raise UserError(f"{folder.parent} holds a run. Remove that folder, or give another --output_dir.")
+        return None
+    path = Path(resume_from_checkpoint).resolve()
+    if not (path / "state.json").is_file() or not path.name.startswith("step-"):
+        raise UserError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is no complete checkpoint. "
+            "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
+        )
+    return path
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with open(path, "w") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

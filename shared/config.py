@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two dataclasses, the run's and the recipe's, become one command line; what a user got wrong becomes one line."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+# What other projects call our flags.
+ALIASES = {
+    "--lr": "--learning_rate",
+    "--batch_size": "--global_batch_size",
+    "--per_device_train_batch_size": "--global_batch_size",
+    "--train_batch_size": "--global_batch_size",
+    "--wd": "--weight_decay",
+    "--num_train_epochs": "--epochs",
+    "--workers": "--num_workers",
+    "--resume": "--resume_from_checkpoint",
+    "--out": "--output_dir",
+    "--data_dir": "--data",
+    "--dataset": "--data",
+}
+
+# Field name -> least and greatest value that any recipe takes. A field of this name means the same everywhere.
+BOUNDS = {
+    "epochs": (1, math.inf),
+    "max_steps": (0, math.inf),
+    "global_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "image_size": (1, math.inf),
+    "learning_rate": (0, sys.float_info.max),
+    "momentum": (0, 1),
+    "weight_decay": (0, sys.float_info.max),
+    "max_grad_norm": (0, sys.float_info.max),
+    "warmup_epochs": (0, sys.float_info.max),
+    "label_smoothing": (0, 1),
+    "min_crop_area": (1e-6, 1),
+    "eval_crop_ratio": (1e-6, 1),
+    "val_fraction": (0, 0.9),
+    "num_workers": (0, math.inf),
+    "logging_steps": (1, math.inf),
+    "seed": (0, 2**63 - 1),
+}
+
+
+class UserError(ValueError):
+    """What the person at the keyboard can put right: printed as one line, without a traceback."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run reads and writes. Only IDENTITY of these decides what is learned; the rest may change on resume."""
+
+    data: str = HfArg(default="digits", help="the word digits, a folder of class folders, or a CSV path,label,split")
+    val_fraction: float = HfArg(default=0.0, help="share of images held out, per class, where the data has no split")
+    seed: int = HfArg(default=0, help="decides weights, sample order and augmentation")
+    num_workers: int = HfArg(default=2, help="loader processes per training process; 0 decodes in the training loop")
+    max_steps: int = HfArg(default=0, help="stop after this many steps, schedule unchanged; 0 = run all epochs")
+    logging_steps: int = HfArg(default=10, help="steps between two lines of metrics.jsonl")
+    output_dir: str = HfArg(default="", help="the run's folder; empty = runs/<recipe>-<hash of the configuration>")
+    checkpointing_steps: str = HfArg(default="epoch", help="steps between checkpoints, or the word epoch")
+    resume_from_checkpoint: str = HfArg(default="auto", help="auto = newest in output_dir, never, or a checkpoint")
+    report_to: str = HfArg(default="tensorboard", help="trackers: tensorboard, wandb, mlflow, comma-separated, or none")
+    profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
+
+
+IDENTITY = ("data", "val_fraction", "seed")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}. `--help` lists every flag with its default.")
+
+
+def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
+    """Read the command line into one object of each class.
+
+    From here on an uncaught UserError ends the program with one `error:` line from rank 0 and exit status 1.
+    """
+    sys.excepthook = _one_line
+    if "--help" in (arguments or sys.argv) and int(os.environ.get("RANK", 0)) != 0:
+        sys.exit(0)
+    parser = _Parser(config_classes, allow_abbrev=False)
+    *configs, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for argument in unknown:
+        raise UserError(_unknown(argument.split("=")[0], known))
+    for config in configs:
+        _check_bounds(config)
+    return tuple(configs)
+
+
+def _unknown(argument: str, known: list[str]) -> str:
+    if not argument.startswith("-"):
+        return f"{argument} belongs to no flag. `--help` lists every flag with its default."
+    flag = "--" + argument.lstrip("-").replace("-", "_")
+    beginning = [option for option in known if option.startswith(flag)]
+    nearest = [ALIASES[flag]] if ALIASES.get(flag) in known else beginning or difflib.get_close_matches(flag, known, 1, 0)
+    return f"unknown flag {argument}. The nearest is {nearest[0]}; `--help` lists every flag."
+
+
+def _check_bounds(config) -> None:
+    for field in dataclasses.fields(config):
+        low, high = BOUNDS.get(field.name, (-math.inf, math.inf))
+        value = getattr(config, field.name)
+        if field.name in BOUNDS and not low <= value <= high:
+            raise UserError(f"--{field.name} {value} is out of range. Give a value from {low:g} to {high:g}.")
+
+
+def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:
+    """Everything that decides the loss curve: a resume must find it unchanged."""
+    data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
+    chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
+    return {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
+
+
+def identity_hash(values: dict) -> str:
+    """8 hex digits, the same wherever the same values are given."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _one_line(kind, error, traceback) -> None:
+    if not isinstance(error, UserError):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    if int(os.environ.get("RANK", 0)) == 0:
+        # sys.stderr is a buffer here: init_process_group wraps this hook, to prefix what it prints with the rank.
+        print(f"error: {error}", file=sys.__stderr__, flush=True)
+    else:
+        # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
+        time.sleep(20)
+    # Threads of a half-made process group could abort a normal exit and print over the line.
+    sys.stdout.flush()
+    os._exit(1)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of samples and their random numbers, as functions of the seed: the first law of the collection.
+
+Global step k of an epoch takes the samples [k*G, (k+1)*G) of the epoch's permutation, whatever the number of
+processes, workers or accumulation steps; a process takes its slice of them. All random numbers are raw 64-bit outputs
+of Philox (Salmon et al., SC 2011), which NumPy keeps the same for ever, not distributions, which it may change.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..config import UserError
+
+
+def hash64(*numbers: int) -> int:
+    """Mix integers into 64 bits."""
+    packed = struct.pack(f"<{len(numbers)}Q", *(number % 2**64 for number in numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+def random_bits(count: int, *key: int) -> np.ndarray:
+    """`count` uniform uint64 that are a function of the key alone."""
+    return np.random.Philox(key=hash64(*key)).random_raw(count)
+
+
+def uniforms(count: int, *key: int) -> np.ndarray:
+    """`count` float64 in [0, 1) that are a function of the key alone."""
+    return (random_bits(count, *key) >> np.uint64(11)) * 2.0**-53
+
+
+def augmentation_seed(seed: int, epoch: int, index: int) -> int:
+    """What decides the augmentation of one sample in one epoch."""
+    return hash64(seed, epoch, index)
+
+
+def digest(indices: list[int], seeds: list[int]) -> int:
+    """Order-free 64-bit hash of samples and their augmentation seeds: digests of disjoint parts add up (mod 2**64)."""
+    return sum(hash64(index, seed) for index, seed in zip(indices, seeds, strict=True)) % 2**64
+
+
+class TrainingOrder:
+    """A batch sampler: yields this process's micro-batches, as lists of (epoch, sample index), from `step` to the end
+    of its epoch.
+
+    Raises UserError where an epoch would hold no whole global batch.
+    """
+
+    def __init__(self, samples: int, global_batch_size: int, micro_batch_size: int, rank: int, size: int, seed: int):
+        if samples < global_batch_size:
+            raise UserError(
+                f"{samples} training images do not fill one global batch. "
+                f"Give --global_batch_size {samples} or less (it is {global_batch_size})."
+            )
+        self.samples, self.global_batch_size, self.micro_batch_size = samples, global_batch_size, micro_batch_size
+        self.share = global_batch_size // size
+        self.first = rank * self.share
+        self.seed = seed
+        self.step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The incomplete global batch at the end of an epoch is dropped."""
+        return self.samples // self.global_batch_size
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.step % self.steps_per_epoch) * (self.share // self.micro_batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        permutation = np.argsort(random_bits(self.samples, self.seed, epoch), kind="stable")
+        for begin in range(step * self.global_batch_size, self.steps_per_epoch * self.global_batch_size, self.global_batch_size):
+            mine = permutation[begin + self.first : begin + self.first + self.share].tolist()
+            for offset in range(0, self.share, self.micro_batch_size):
+                yield [(epoch, index) for index in mine[offset : offset + self.micro_batch_size]]
+
+
+class EvaluationOrder:
+    """A batch sampler over every sample once. All processes yield equally many full batches, or a collective in the
+    forward would wait for ever: index -1 pads the last ones."""
+
+    def __init__(self, samples: int, batch_size: int, rank: int, size: int):
+        self.samples, self.batch_size, self.rank, self.size = samples, batch_size, rank, size
+
+    def __len__(self) -> int:
+        return -(-self.samples // (self.batch_size * self.size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in range(len(self)):
+            first = (batch * self.size + self.rank) * self.batch_size
+            yield [(0, index if index < self.samples else -1) for index in range(first, first + self.batch_size)]

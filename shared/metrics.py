@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation in which every sample counts once, on any number of processes."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .accelerator import all_reduce_sum
+
+
+class Evaluation:
+    """Sums over an evaluation set: top-1 accuracy, mean cross-entropy, and the number of samples that were counted."""
+
+    def __init__(self):
+        self.sums: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor, valid: Tensor) -> None:
+        """Take one batch: logits (B, classes), labels (B,), valid (B,) False where a sample only pads the batch."""
+        losses = cross_entropy(logits.float(), labels, reduction="none")
+        correct = logits.argmax(dim=1) == labels
+        # Stays on the device: a copy to the host here would make every batch wait for the one before.
+        self.sums.append(torch.stack([(correct & valid).sum(), losses.where(valid, 0).sum(), valid.sum()]))
+
+    def result(self, accelerator: Accelerator, expected_samples: int) -> dict[str, float]:
+        """Accuracy (0 to 1), eval_loss (nats) and eval_samples over all processes."""
+        sums = torch.stack(self.sums).cpu().double().sum(dim=0).tolist()
+        correct, loss, count = all_reduce_sum(accelerator, sums)
+        assert count == expected_samples, f"{count} samples were evaluated, not {expected_samples}"
+        return {"accuracy": correct / count, "eval_loss": loss / count, "eval_samples": int(count)}

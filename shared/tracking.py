@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder: configuration, metrics by step, summary, trackers, progress bar, trace."""
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
+from accelerate.utils import ProfileKwargs
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from .accelerator import all_reduce_sum, data_parallel, mixed_precision, on_main_process
+from .checkpoint import checkpoint_to_resume
+from .config import RunConfig, UserError, identity, identity_hash
+from .data import Batch
+
+LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
+TRACED = 3  # training steps, and evaluation batches, in the trace of --profile
+PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
+LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "SLURM_", "NCCL_", "OMP_NUM_THREADS", "CUDA_VISIBLE_")
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Run:
+    """One training's folder and position. Every process makes one; rank 0 alone writes.
+
+    Making it claims the folder, refuses the configuration of another run by name, and finds what to resume:
+    `checkpoint` (None for a fresh start). Raises UserError before anything in the folder has changed.
+
+    `step` counts the global batches done, `last_step` is where this start ends.
+    """
+
+    def __init__(self, accelerator: Accelerator, run_config: RunConfig, config, classes: list[str], epoch_steps: int):
+        self.accelerator, self.run_config, self.config = accelerator, run_config, config
+        self.recipe = Path(sys.argv[0]).stem
+        self.identity = identity(self.recipe, mixed_precision(), run_config, config)
+        default = Path("runs") / f"{self.recipe}-{identity_hash(self.identity)}"
+        self.folder = Path(run_config.output_dir or default)
+        self.epoch_steps, self.total_steps = epoch_steps, epoch_steps * config.epochs
+        self.last_step = min(self.total_steps, run_config.max_steps or self.total_steps)
+        self.checkpoint_steps = _checkpoint_steps(run_config.checkpointing_steps, epoch_steps)
+        trackers = _trackers(run_config.report_to)
+        self.checkpoint, self.former = on_main_process(accelerator, self._claim)
+        self.finished = self.former.get("status") == "finished" and self.former["steps"] >= self.last_step
+        self.step, self.first_step, self.evaluation = 0, 0, {}
+        self.train_seconds, self.launched = 0.0, time.perf_counter()
+        self.profiler = SimpleNamespace(step=lambda: None)
+        self._start_window()
+        if not self.finished:
+            self._open(classes, trackers)
+
+    def _claim(self) -> tuple[Path | None, dict]:
+        """Rank 0: lock the folder; return the checkpoint to resume from and the former summary."""
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}. Give another --output_dir.") from error
+        print(self.folder, flush=True)
+        checkpoint = checkpoint_to_resume(self.folder / "checkpoints", self.run_config.resume_from_checkpoint)
+        for folder in {self.folder, checkpoint.parent.parent if checkpoint else self.folder}:
+            _refuse_other_run(folder, self.identity)
+        return checkpoint, _read_json(self.folder / "summary.json")
+
+    def _open(self, classes: list[str], trackers: list[str]) -> None:
+        size = data_parallel(self.accelerator)[1]
+        accumulation = self.config.gradient_accumulation_steps
+        each = self.config.global_batch_size // size // accumulation
+        self.say(
+            f"global batch {self.config.global_batch_size} = {size} processes x {each} images x {accumulation} "
+            f"accumulation steps; {self.total_steps} steps = {self.config.epochs} epochs x {self.epoch_steps}"
+        )
+        if self.accelerator.is_main_process:
+            _write_json(self.folder / "config.json", self._description(classes))
+            if self.checkpoint is None:
+                self._drop_lines_after(0)
+            self._write_summary("running")
+        self._start_trackers(trackers)
+        hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal, not in a log file
+        self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def _description(self, classes: list[str]) -> dict:
+        accelerator = self.accelerator
+        on_gpu = accelerator.device.type == "cuda"
+        return {
+            "identity": self.identity,
+            "config": vars(self.config),
+            "run_config": vars(self.run_config),
+            "command": [sys.executable, *sys.argv],
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git_commit": _git_commit(),
+            "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
+            "launcher": {
+                name: value
+                for name, value in sorted(os.environ.items())
+                if name.startswith(LAUNCHER_VARIABLES) or name in LAUNCHER_NAMES
+            },
+            "distributed_type": str(accelerator.distributed_type.value),
+            "world_size": accelerator.num_processes,
+            "data_parallel_size": data_parallel(accelerator)[1],
+            "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
+            "threads": torch.get_num_threads(),
+            "steps_per_epoch": self.epoch_steps,
+            "classes": classes,
+            "shared": str(Path(__file__).with_name("__init__.py")),
+        }
+
+    # Position
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.epoch_steps
+
+    @property
+    def stopping(self) -> bool:
+        return self.step >= self.last_step
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Within an epoch. At its end the evaluation comes first, so that a resume cannot skip it."""
+        at_end = self.stopping or self.step % self.epoch_steps == 0
+        return not at_end and self.step % self.checkpoint_steps == 0
+
+    def resume_at(self, step: int) -> None:
+        """Go on after this global step, with the lines past it dropped from metrics.jsonl."""
+        self.step = self.first_step = step
+        if self.accelerator.is_main_process:
+            self._drop_lines_after(step)
+        self.bar.update(step)
+        self.say(f"resumed at step {step} of {self.total_steps}")
+        self._start_window()
+
+    def _drop_lines_after(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        lines = [_parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [line for line in lines if line and line["step"] <= step]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(beside, path)
+        self.evaluation = next((line for line in reversed(kept) if "accuracy" in line), {})
+
+    # Training
+
+    def observe(self, batch: Batch, loss: Tensor) -> None:
+        """Count one micro-batch; loss is its mean, a scalar on the device."""
+        self.losses.append(loss.detach())
+        self.digest += batch.digest
+        self.wait_seconds += batch.wait_seconds
+
+    def end_step(self, learning_rate: float, grad_norm: Tensor) -> None:
+        """A global batch is done: every logging_steps a line goes to metrics.jsonl, the trackers and the bar."""
+        self.step += 1
+        self.bar.update()
+        if self.step % self.run_config.logging_steps == 0 or self.stopping:
+            self._log_step(learning_rate, grad_norm)
+        self.losses, self.digest = [], 0
+
+    def _log_step(self, learning_rate: float, grad_norm: Tensor) -> None:
+        size = data_parallel(self.accelerator)[1]
+        mean_loss = torch.stack(self.losses).mean().item()  # waits for the device
+        seconds = time.perf_counter() - self.window_start
+        # The digest in two halves: float64 adds 32-bit numbers exactly.
+        parts = [mean_loss, self.digest >> 32 & 0xFFFFFFFF, self.digest & 0xFFFFFFFF, self.wait_seconds]
+        loss, high, low, wait = all_reduce_sum(self.accelerator, parts)
+        samples = self.step * self.config.global_batch_size
+        rate = (self.step - self.window_step) * self.config.global_batch_size / seconds
+        self._log(
+            {
+                "step": self.step,
+                "epoch": (self.step - 1) // self.epoch_steps,
+                "samples": samples,
+                "loss": loss / size,
+                "samples_digest": f"{((int(high) << 32) + int(low)) % 2**64:016x}",
+                "learning_rate": learning_rate,
+                "grad_norm": float(grad_norm),
+                "samples_per_second": round(rate, 1),
+                "data_wait_fraction": round(wait / size / seconds, 4),
+            }
+        )
+        self.bar.set_postfix(self._shown(loss / size, rate), refresh=False)
+        self._end_window()
+
+    def _shown(self, loss: float, rate: float) -> dict[str, str]:
+        accuracy = {"accuracy": f"{self.evaluation['accuracy']:.2%}"} if self.evaluation else {}
+        return {"loss": f"{loss:.4f}", **accuracy, "images/s": f"{rate:.0f}"}
+
+    def log_evaluation(self, result: dict[str, float]) -> None:
+        """Record accuracy, eval_loss and eval_samples after this step; also say them in a line."""
+        self._end_window()
+        epoch = (self.step - 1) // self.epoch_steps
+        self.evaluation = {"step": self.step, "epoch": epoch, **result}
+        self._log(self.evaluation)
+        if self.accelerator.is_main_process:
+            self._write_summary("running")
+        self.say(
+            f"epoch {epoch + 1}/{self.config.epochs}  step {self.step}  accuracy {result['accuracy']:.2%}  "
+            f"eval loss {result['eval_loss']:.4f}  {self._rate():.0f} images/s"
+        )
+        self._start_window()
+
+    def _log(self, line: dict) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        numbers = {name: value for name, value in line.items() if not isinstance(value, str) and name != "step"}
+        self.accelerator.log(numbers, step=line["step"])
+
+    def _start_window(self) -> None:
+        """Rates and waiting are averaged over windows of training, evaluations left out."""
+        self.losses, self.digest, self.wait_seconds = [], 0, 0.0
+        self.window_step, self.window_start = self.step, time.perf_counter()
+
+    def _end_window(self) -> None:
+        self.train_seconds += time.perf_counter() - self.window_start
+        self._start_window()
+
+    def _rate(self) -> float:
+        """Images a second over the training of this start."""
+        return (self.step - self.first_step) * self.config.global_batch_size / max(self.train_seconds, 1e-9)
+
+    # Trackers and trace
+
+    def _start_trackers(self, names: list[str]) -> None:
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(self.folder / 'mlflow.db').resolve()}")
+        self.accelerator.project_configuration.set_directories(str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder / "tensorboard")
+        self.accelerator.log_with = filter_trackers(names, self.folder)
+        values = {name: value for name, value in self.identity.items() if value is not None}
+        self.accelerator.init_trackers(self.recipe, values, {"wandb": {"dir": str(self.folder)}})
+
+    @contextlib.contextmanager
+    def profiling(self, first_evaluation_batches: int) -> Iterator[None]:
+        """With --profile: trace the last training steps before the first evaluation and that one's first batches."""
+        if not self.run_config.profile or self.finished:
+            yield
+            return
+        steps = min(self.epoch_steps - self.step % self.epoch_steps, self.last_step - self.step)
+        traced = min(TRACED, steps)
+        window = {"skip_first": max(steps - traced - 1, 0), "wait": 0, "warmup": min(1, steps - traced)}
+        window |= {"active": traced + min(TRACED, first_evaluation_batches), "repeat": 1}
+        folder = self.folder / "profile"
+        with self.accelerator.profile(ProfileKwargs(schedule_option=window, output_trace_dir=str(folder))) as profiler:
+            self.profiler = profiler
+            yield
+        self.say(f"trace of {traced} training steps and the evaluation: {folder}/profile_0.json")
+
+    # The end
+
+    def finish(self) -> None:
+        """Write summary.json, unless a former start has; say the result and where everything is."""
+        if not self.finished:
+            self.bar.close()
+            if self.accelerator.is_main_process:
+                reason = "epochs" if self.last_step == self.total_steps else "max_steps"
+                self._write_summary("finished", stop_reason=reason)
+        self._show_result()
+
+    def _show_result(self) -> None:
+        summary = _read_json(self.folder / "summary.json")
+        self.say(
+            f"{'already ' if self.finished else ''}finished: top-1 accuracy {summary.get('accuracy', 0):.2%}, "
+            f"{summary.get('steps')} steps, {summary.get('seconds')} s, {summary.get('samples_per_second')} images/s"
+        )
+        for name in ("summary.json", "metrics.jsonl", "tensorboard"):
+            if (self.folder / name).exists():
+                self.say(f"  {self.folder / name}")
+        if self.finished:
+            self.say(f"To start afresh: rm -r {self.folder}, or give another --output_dir or --seed.")
+
+    def _write_summary(self, status: str, **more) -> None:
+        summary = {
+            "status": status,
+            **more,
+            "accuracy": self.evaluation.get("accuracy"),
+            "steps": self.step,
+            "samples": self.step * self.config.global_batch_size,
+            "seconds": round(self.former.get("seconds", 0) * bool(self.checkpoint) + self._elapsed(), 2),
+            "samples_per_second": round(self._rate(), 1),
+            "peak_memory_bytes": _peak_memory(self.accelerator.device),
+            "world_size": self.accelerator.num_processes,
+            "data_parallel_size": data_parallel(self.accelerator)[1],
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        _write_json(self.folder / "summary.json", summary)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.launched
+
+    def say(self, line: str) -> None:
+        """Print one line from rank 0, above the bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / "lock")
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=0)
+        return lock
+    holder = _read_json(folder / "summary.json")
+    use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+    print(f"{use}; waiting {LOCK_SECONDS} s for it to end", file=sys.stderr, flush=True)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"{use}. Stop it, or give another --output_dir.") from None
+    return lock
+
+
+def _refuse_other_run(folder: Path, mine: dict) -> None:
+    there = _read_json(folder / "config.json").get("identity", mine)
+    changes = [
+        f"{name} was {there.get(name)}, is {mine.get(name)}"
+        for name in {**there, **mine}
+        if there.get(name) != mine.get(name)
+    ]
+    if changes:
+        raise UserError(f"{folder} holds another run: {', '.join(changes)}. Give another --output_dir, or these values.")
+
+
+def _trackers(report_to: str) -> list[str]:
+    names = [name for name in report_to.split(",") if name and name != "none"]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--report_to {name} is unknown. Known: none, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"--report_to {name} is not installed. Install it (pip install {name}), or leave it out.")
+    return names
+
+
+def _checkpoint_steps(value: str, epoch_steps: int) -> int:
+    if value == "epoch":
+        return epoch_steps
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"--checkpointing_steps {value} is neither the word epoch nor a number of steps from 1 on.")
+    return int(value)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the allocator on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(sys.argv[0]).resolve().parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_json(path: Path, values: dict) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def _parse(line: str) -> dict | None:
+    """None for a line that a kill tore."""
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(line)
+    return None
