@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import nn
@@ -38,7 +39,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     weights, moments = get_state_dict(model, _unwrapped(optimizer))
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=_alone())
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         _write_json(temporary / "state.json", {"step": step, "scheduler": scheduler.state_dict(), "scaler": scaler})
@@ -56,7 +57,7 @@ def load_checkpoint(
     """Put everything back and return the global step; every process must call it."""
     optimizer = _unwrapped(optimizer)
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=_alone())
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     state = json.loads((path / "state.json").read_text())
     scheduler.load_state_dict(state["scheduler"])
@@ -89,6 +90,10 @@ def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> Path | No
             "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
         )
     return path
+
+
+def _alone() -> bool:
+    return not torch.distributed.is_initialized()
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

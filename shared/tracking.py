@@ -81,8 +81,8 @@ class Run:
         accumulation = self.config.gradient_accumulation_steps
         each = self.config.global_batch_size // size // accumulation
         self.say(
-            f"global batch {self.config.global_batch_size} = {size} processes x {each} images x {accumulation} "
-            f"accumulation steps; {self.total_steps} steps = {self.config.epochs} epochs x {self.epoch_steps}"
+            f"global batch {self.config.global_batch_size} = {size} (data-parallel processes) x {each} (images) x "
+            f"{accumulation} (accumulation); {self.total_steps} steps = {self.config.epochs} epochs x {self.epoch_steps}"
         )
         if self.accelerator.is_main_process:
             _write_json(self.folder / "config.json", self._description(classes))

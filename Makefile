@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target works on a fresh machine with Python 3.11 to 3.14, make and a C++ compiler: `setup` makes .venv first.
+
+PYTHON ?= python3
+EXTRAS ?= dev
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
+
+.PHONY: setup demo smoke test bench lint lock help
+
+help:  ## these lines
+	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' Makefile
+
+setup: $(STAMP)  ## make .venv and install what requirements.lock pins (EXTRAS="dev deepspeed" for more)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else f"error: Python {v[0]}.{v[1]} is too old or too new. Give one from 3.11 to 3.14: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --compile-bytecode -r pyproject.toml $(EXTRAS:%=--extra %) -c requirements.lock
+	@touch $@
+
+demo: setup  ## train recipes/resnet.py on the embedded digits: about a minute on two cores
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
+
+smoke: setup  ## two real steps of every recipe on this machine's GPU, else its CPU (RECIPE=resnet for one)
+	$(BIN)/python tools/smoke.py $(RECIPE)
+
+test: setup lint  ## the whole suite
+	$(BIN)/python -m pytest
+
+bench: setup  ## the benchmarks; each prints a table and writes benchmarks/results/
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/throughput.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: setup  ## resolve pyproject.toml anew into requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --no-annotate --no-header --no-emit-index-url --upgrade --quiet -o requirements.lock

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the real command lines, each made once a session and looked at by several tests."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `import shared`; the recipes themselves run in processes of their own
+
+# A dozen small steps: enough for losses to differ where something is wrong.
+SHORT = ["--epochs", "1", "--max_steps", "12", "--logging_steps", "1", "--report_to", "none"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished command and the folder that it wrote."""
+
+    process: subprocess.CompletedProcess
+    folder: Path
+
+    @property
+    def text(self) -> str:
+        return self.process.stdout + self.process.stderr
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def config(self) -> dict:
+        return json.loads((self.folder / "config.json").read_text())
+
+    @property
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def series(self, name: str) -> list:
+        """One value a step (or an evaluation), in the order of the file."""
+        return [line[name] for line in self.lines if name in line]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what a launcher or pytest may have left in it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PYTHONPATH", "OMP_", "WANDB_"))}
+    return {**kept, "WANDB_SILENT": "true", **more}
+
+
+def python(*arguments: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` by the suite's interpreter."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def launch_command(num_processes: int = 1, config_file: str = "local_ddp.yaml", **flags: str) -> list[str]:
+    """The words of `accelerate launch` up to the recipe; keywords become launcher flags."""
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / config_file)]
+    words += ["--num_processes", str(num_processes)]
+    return words + [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def train(folder: Path, *arguments: str, recipe: Path = ROOT / "recipes/resnet.py", **launch) -> Result:
+    """Run a recipe to its end under the launcher; fails the test if it fails."""
+    process = python(*launch_command(**launch), recipe, "--output_dir", folder, *arguments)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return Result(process, Path(folder))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def demo(runs) -> Result:
+    """The demonstration, whole: one process, every default."""
+    return train(runs / "demo", "--logging_steps", "1")
+
+
+@pytest.fixture(scope="session")
+def topologies(runs) -> dict[tuple[int, int], Result]:
+    """(processes, accumulation steps) -> the same twelve steps; also another number of loader workers in each."""
+    workers = {(1, 1): 0, (2, 1): 1, (4, 1): 3, (1, 4): 1, (2, 4): 0}
+    return {
+        (processes, accumulation): train(
+            runs / f"topology-{processes}-{accumulation}",
+            *[*SHORT, "--norm", "group", "--num_workers", str(count)],
+            *["--gradient_accumulation_steps", str(accumulation), "--max_grad_norm", "1"],
+            num_processes=processes,
+        )
+        for (processes, accumulation), count in workers.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Real digits as PNG and JPEG files: train/ with 24 images a class, val/ with 6, of several sizes."""
+    root = tmp_path_factory.mktemp("images")
+    digits = load_digits()
+    for label in range(10):
+        for number, index in enumerate(np.flatnonzero(digits.target == label)[:30]):
+            folder = root / ("train" if number < 24 else "val") / f"digit-{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray((digits.images[index] * 15).astype(np.uint8)).resize((32 + number, 40))
+            image.save(folder / f"{number:03d}.{'png' if number % 2 else 'jpg'}")
+    return root

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real steps of every recipe, or of the one named, under the launcher on this machine's GPU or else its CPU.
+
+    python tools/smoke.py [RECIPE]
+
+Prints recipe, pass or fail, seconds and peak memory; exits 1 if one failed, with the end of its output.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 2
+
+
+def main(names: list[str]) -> int:
+    recipes = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.py"))}
+    unknown = [name for name in names if name not in recipes]
+    if unknown:
+        print(f"error: no recipe {unknown[0]}. There are: {', '.join(recipes)}.", file=sys.stderr)
+        return 1
+    print(f"{'recipe':24}{'result':8}{'seconds':>8}{'peak memory':>14}")
+    failures = [name for name in names or recipes if not smoke(recipes[name])]
+    return 1 if failures else 0
+
+
+def smoke(recipe: Path) -> bool:
+    """Run one recipe in a folder of its own; whether it did what it should."""
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        process = subprocess.run(command(recipe, folder), capture_output=True, text=True, cwd=ROOT)
+        seconds = time.perf_counter() - begin
+        problem, memory = examine(process, Path(folder) / "run")
+    print(f"{recipe.stem:24}{'fail' if problem else 'pass':8}{seconds:8.1f}{memory / 2**20:10.0f} MiB")
+    if problem:
+        print(f"--- {problem}\n{(process.stdout + process.stderr)[-4000:]}\n---", file=sys.stderr)
+    return not problem
+
+
+def command(recipe: Path, folder: str) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/local_ddp.yaml"]
+    limits = ["--max_steps", str(STEPS), "--logging_steps", "1", "--output_dir", f"{folder}/run"]
+    return [*launch, str(recipe.relative_to(ROOT)), *limits]
+
+
+def examine(process: subprocess.CompletedProcess, run: Path) -> tuple[str, int]:
+    """What is wrong (empty: nothing) and the peak memory in bytes."""
+    if process.returncode:
+        return f"exit status {process.returncode}", 0
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if summary["status"] != "finished" or summary["steps"] != STEPS or len(losses) != STEPS:
+        return f"summary.json says {summary['status']} after {summary['steps']} steps", summary["peak_memory_bytes"]
+    if not all(math.isfinite(loss) for loss in losses):
+        return f"losses {losses}", summary["peak_memory_bytes"]
+    return "", summary["peak_memory_bytes"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
