@@ -16,6 +16,11 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision import models
+from transformers.hf_argparser import HfArg
+
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
 from shared.checkpoint import load_checkpoint, save_checkpoint
 from shared.config import RunConfig, UserError, parse
@@ -23,10 +28,6 @@ from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluatio
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
 from shared.tracking import Run
-from torch import nn
-from torch.nn.functional import cross_entropy
-from torchvision import models
-from transformers.hf_argparser import HfArg
 
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -67,7 +68,9 @@ def build_loaders(accelerator, run_config, config):
     eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return [
-        Loader(Views(*what, config.image_size, run_config.seed), order, accelerator.device, run_config.num_workers, layout)
+        Loader(
+            Views(*what, config.image_size, run_config.seed), order, accelerator.device, run_config.num_workers, layout
+        )
         for what, order in (((train, train_view), train_order), ((held_out, eval_view), eval_order))
     ]
 
@@ -76,16 +79,16 @@ def build_model(config, num_classes):
     """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
     # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
     norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
-    model = models.get_model(
-        config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True
-    )
+    model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batch_norm else model
 
 
 def build_optimizer(model, config, steps_per_epoch):
     """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+    optimizer = torch.optim.SGD(
+        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0
+    )
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
     return optimizer, build_scheduler(optimizer, config.schedule, config.learning_rate, steps, warmup)
 

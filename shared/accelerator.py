@@ -60,7 +60,7 @@ def micro_batch_size(accelerator: Accelerator, global_batch_size: int, gradient_
     _, size = data_parallel(accelerator)
     parts = size * gradient_accumulation_steps
     if global_batch_size % parts:
-        near = [multiple for multiple in (global_batch_size // parts * parts, -(-global_batch_size // parts) * parts)]
+        near = (global_batch_size // parts * parts, -(-global_batch_size // parts) * parts)
         raise UserError(
             f"--global_batch_size {global_batch_size} does not divide by {size} data-parallel processes x "
             f"{gradient_accumulation_steps} accumulation steps. "

@@ -25,9 +25,14 @@ KEPT = 2
 
 
 def save_checkpoint(
-    run_folder: Path, step: int, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+    run_folder: Path,
+    step: int,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
 ) -> Path:
-    """Write run_folder/checkpoints/step-XXXXXXXX; every process must call it. Only then are all but the KEPT newest removed."""
+    """Write run_folder/checkpoints/step-XXXXXXXX, then remove all but the KEPT newest; every process must call it."""
     folder = run_folder / "checkpoints"
     final = folder / f"step-{step:08d}"
     temporary = folder / f"tmp-{step:08d}"

@@ -69,7 +69,9 @@ class RunConfig:
     output_dir: str = HfArg(default="", help="the run's folder; empty = runs/<recipe>-<hash of the configuration>")
     checkpointing_steps: str = HfArg(default="epoch", help="steps between checkpoints, or the word epoch")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto = newest in output_dir, never, or a checkpoint")
-    report_to: str = HfArg(default="tensorboard", help="trackers: tensorboard, wandb, mlflow, comma-separated, or none")
+    report_to: str = HfArg(
+        default="tensorboard", help="trackers: tensorboard, wandb, mlflow, comma-separated, or none"
+    )
     profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
 
 
@@ -106,7 +108,9 @@ def _unknown(argument: str, known: list[str]) -> str:
         return f"{argument} belongs to no flag. `--help` lists every flag with its default."
     flag = "--" + argument.lstrip("-").replace("-", "_")
     beginning = [option for option in known if option.startswith(flag)]
-    nearest = [ALIASES[flag]] if ALIASES.get(flag) in known else beginning or difflib.get_close_matches(flag, known, 1, 0)
+    nearest = (
+        [ALIASES[flag]] if ALIASES.get(flag) in known else beginning or difflib.get_close_matches(flag, known, 1, 0)
+    )
     return f"unknown flag {argument}. The nearest is {nearest[0]}; `--help` lists every flag."
 
 

@@ -82,7 +82,7 @@ class Run:
         each = self.config.global_batch_size // size // accumulation
         self.say(
             f"global batch {self.config.global_batch_size} = {size} (data-parallel processes) x {each} (images) x "
-            f"{accumulation} (accumulation); {self.total_steps} steps = {self.config.epochs} epochs x {self.epoch_steps}"
+            f"{accumulation} (accumulation); {self.config.epochs} epochs x {self.epoch_steps} steps = {self.total_steps}"
         )
         if self.accelerator.is_main_process:
             _write_json(self.folder / "config.json", self._description(classes))
@@ -332,7 +332,9 @@ def _refuse_other_run(folder: Path, mine: dict) -> None:
         if there.get(name) != mine.get(name)
     ]
     if changes:
-        raise UserError(f"{folder} holds another run: {', '.join(changes)}. Give another --output_dir, or these values.")
+        raise UserError(
+            f"{folder} holds another run: {', '.join(changes)}. Give another --output_dir, or these values."
+        )
 
 
 def _trackers(report_to: str) -> list[str]:

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, open_data, training_view
 
 GLOBAL_BATCH = 24

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import SHORT, train
-from shared.optim import build_scheduler, parameter_groups
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
+
+from shared.optim import build_scheduler, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,9 @@ def test_an_image_folder_and_the_other_options(runs, image_folder):
     assert run.config["classes"] == [f"digit-{label}" for label in range(10)]
     assert run.lines[-1]["eval_samples"] == 60
     assert all(math.isfinite(loss) for loss in run.series("loss"))
-    rates = [min(step / 6, 0.5 * (1 + math.cos(math.pi * (step - 6) / 6))) if step > 6 else step / 6 for step in range(12)]
+    rates = [
+        min(step / 6, 0.5 * (1 + math.cos(math.pi * (step - 6) / 6))) if step > 6 else step / 6 for step in range(12)
+    ]
     assert run.series("learning_rate") == pytest.approx([0.1 * rate for rate in rates])
     assert list(run.folder.rglob("offline-run-*/*.wandb"))
     assert (run.folder / "mlflow.db").stat().st_size > 0

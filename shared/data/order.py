@@ -71,7 +71,9 @@ class TrainingOrder:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
         permutation = np.argsort(random_bits(self.samples, self.seed, epoch), kind="stable")
-        for begin in range(step * self.global_batch_size, self.steps_per_epoch * self.global_batch_size, self.global_batch_size):
+        for begin in range(
+            step * self.global_batch_size, self.steps_per_epoch * self.global_batch_size, self.global_batch_size
+        ):
             mine = permutation[begin + self.first : begin + self.first + self.share].tolist()
             for offset in range(0, self.share, self.micro_batch_size):
                 yield [(epoch, index) for index in mine[offset : offset + self.micro_batch_size]]

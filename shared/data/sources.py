@@ -62,7 +62,7 @@ def open_data(data: str, val_fraction: float, seed: int) -> tuple[Source, Source
 
 
 def _digits() -> tuple[Source, Source]:
-    """scikit-learn's 1,797 scanned digits (Alpaydin & Kaynak, UCI 1998), 8x8 enlarged to 32x32; every fifth held out."""
+    """scikit-learn's 1,797 scanned digits (Alpaydin & Kaynak, 1998), 8x8 enlarged to 32x32; every fifth held out."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -141,8 +141,12 @@ def _by_split(everything: Source, splits: list[str], val_fraction: float, path: 
     parts = [everything.subset(np.flatnonzero(mask)) for mask in (training, ~training)]
     for part, name in zip(parts, ("train", "val"), strict=True):
         if not len(part):
-            raise UserError(f"{path} has no row with the split {name}. Add one, or drop the column for --val_fraction.")
-    _same_classes(*(Source([], part.labels, [everything.classes[i] for i in np.unique(part.labels)]) for part in parts), path)
+            raise UserError(
+                f"{path} has no row with the split {name}. Add one, or drop the column for --val_fraction."
+            )
+    _same_classes(
+        *(Source([], part.labels, [everything.classes[i] for i in np.unique(part.labels)]) for part in parts), path
+    )
     return parts[0], parts[1]
 
 

@@ -12,8 +12,10 @@ Box = tuple[int, int, int, int]
 ATTEMPTS = 10
 
 
-def training_view(image: Image.Image, image_size: int, seed: int, min_crop_area: float, horizontal_flip: bool) -> Image.Image:
-    """A random resized crop (Szegedy et al., arXiv:1409.4842) of (image_size, image_size), flipped half of the time."""
+def training_view(
+    image: Image.Image, image_size: int, seed: int, min_crop_area: float, horizontal_flip: bool
+) -> Image.Image:
+    """A random resized crop (Szegedy et al., arXiv:1409.4842) of image_size squared, flipped half of the time."""
     draws = uniforms(4 * ATTEMPTS + 1, seed)
     view = _resize(image, random_crop(*image.size, min_crop_area, draws), image_size)
     if horizontal_flip and draws[-1] < 0.5:
@@ -45,4 +47,5 @@ def random_crop(width: int, height: int, min_area: float, draws: np.ndarray) -> 
 
 
 def _resize(image: Image.Image, box: Box, image_size: int) -> Image.Image:
-    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    # Cropped first: with `box=` the antialiasing filter would reach over the crop's edge, as no other loader does.
+    return image.crop(box).resize((image_size, image_size), Image.Resampling.BILINEAR)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources and views."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.data import evaluation_view, open_data, training_view
+from shared.data.order import hash64, random_bits, uniforms
+from shared.data.views import random_crop
+
+
+def test_the_digits_are_scikit_learns():
+    train, held_out = open_data("digits", 0.0, seed=0)
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert train.images.shape == (1437, 32, 32, 3)
+    assert train.images.dtype == np.uint8
+    assert (train.images.min(), train.images.max()) == (0, 255)
+    assert np.bincount(held_out.labels, minlength=10).min() >= 25
+
+
+@pytest.mark.parametrize("held_out_name", ["val", "valid", "validation", "test"])
+def test_a_folder_under_each_name_of_the_held_out_part(image_folder, tmp_path, held_out_name):
+    (tmp_path / "train").symlink_to(image_folder / "train")
+    (tmp_path / held_out_name).symlink_to(image_folder / "val")
+    train, held_out = open_data(str(tmp_path), 0.0, seed=0)
+    assert (len(train), len(held_out)) == (240, 60)
+    assert train.classes == held_out.classes == [f"digit-{label}" for label in range(10)]
+    for index in (0, 239):
+        assert Path(train.images[index]).parent.name == train.classes[train.labels[index]]
+        assert train.image(index).mode == "RGB"
+
+
+def test_a_fraction_is_drawn_from_each_class_by_the_seed(image_folder):
+    parts = [open_data(str(image_folder / "train"), 0.25, seed) for seed in (0, 0, 1)]
+    train, held_out = parts[0]
+    assert (len(train), len(held_out)) == (180, 60)
+    assert set(np.bincount(held_out.labels)) == {6}
+    assert not set(train.images) & set(held_out.images)
+    assert parts[1][1].images == held_out.images
+    assert parts[2][1].images != held_out.images
+
+
+def test_a_csv_gives_the_same_images_as_the_folder(image_folder, tmp_path):
+    with open(image_folder / "list.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "split"])
+        for split in ("train", "val"):
+            for path in sorted((image_folder / split).rglob("*.*")):
+                rows.writerow([path.relative_to(image_folder), path.parent.name, split])
+    from_folder, from_csv = open_data(str(image_folder), 0.0, 0), open_data(str(image_folder / "list.csv"), 0.0, 0)
+    for one, other in zip(from_folder, from_csv, strict=True):
+        assert one.images == other.images
+        assert one.labels.tolist() == other.labels.tolist()
+        assert one.classes == other.classes
+
+
+def test_an_undecodable_image_is_named(tmp_path):
+    for label in ("a", "b"):
+        for number in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{number}.jpg").write_bytes(b"not a picture")
+    train, _ = open_data(str(tmp_path), 0.5, seed=0)
+    with pytest.raises(OSError, match=r"cannot decode .*\.jpg"):
+        train.image(0)
+
+
+def test_crops_lie_inside_and_have_the_area_that_was_asked_for():
+    areas = []
+    for index in range(2000):
+        left, top, right, bottom = random_crop(400, 300, 0.25, uniforms(41, 5, index))
+        assert 0 <= left < right <= 400
+        assert 0 <= top < bottom <= 300
+        assert 0.7 < (right - left) / (bottom - top) < 1.4
+        areas.append((right - left) * (bottom - top) / 120_000)
+    assert min(areas) > 0.24
+    # Uniform between 0.25 and 1, but for large areas that do not fit and are drawn again.
+    assert 0.52 < np.mean(areas) < 0.63
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
+def test_views_of_extreme_images(size):
+    image = Image.new("RGB", size, (10, 20, 30))
+    for seed in range(20):
+        view = np.asarray(training_view(image, 8, seed, min_crop_area=0.08, horizontal_flip=True))
+        assert view.shape == (8, 8, 3)
+        assert (view == (10, 20, 30)).all()
+    assert (np.asarray(evaluation_view(image, 8, 0, eval_crop_ratio=0.875)) == (10, 20, 30)).all()
+
+
+def test_flips_happen_half_of_the_time_and_only_when_asked():
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8).repeat(3).reshape(8, 8, 3))
+    ascending = [
+        np.asarray(training_view(image, 8, seed, min_crop_area=1.0, horizontal_flip=True))[0, 0, 0] == 0
+        for seed in range(400)
+    ]
+    assert 160 < sum(ascending) < 240
+    view = training_view(image, 8, 1, min_crop_area=1.0, horizontal_flip=False)
+    assert (np.asarray(view) == np.asarray(image)).all()
+
+
+def test_evaluation_crops_the_centre():
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[:, 50:150] = 255
+    assert np.asarray(evaluation_view(Image.fromarray(pixels), 10, 0, eval_crop_ratio=1.0)).min() == 255
+    assert np.asarray(evaluation_view(Image.fromarray(pixels[:, 40:160]), 10, 0, eval_crop_ratio=0.5)).min() == 255
+
+
+def test_random_numbers_are_the_same_for_ever():
+    """Figures of this file's first day: a change here changes every run that anyone has made."""
+    assert hash64(1, 2, 3) == 13041116711478803063
+    assert random_bits(2, 4, 5).tolist() == [14514201800821667810, 7857207570860448084]
+    assert 0 <= uniforms(1000, 6).min() < 0.01 < 0.99 < uniforms(1000, 6).max() < 1

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one `error:` line with the remedy, a non-zero status, nothing lost."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment, launch_command, python
+
+from shared.config import RunConfig, UserError, parse
+from shared.data import open_data
+
+
+def refusal(*arguments, **variables: str) -> str:
+    """The error line of a recipe that must end before it has trained a step, and print nothing else."""
+    command = [sys.executable, "recipes/resnet.py", *map(str, arguments)]
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
+    lines = process.stderr.splitlines()
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def write(path, text="x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes in train/ and val/; a refusal must come before any image is read."""
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            write(tmp_path / "data" / split / label / "1.jpg")
+    return tmp_path / "data"
+
+
+# The real command, one line and its status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr", "0.1"], ["unknown flag --lr.", "--learning_rate"]),
+        (["--learning_rat", "0.1"], ["unknown flag --learning_rat.", "--learning_rate"]),
+        (["--data", "no/such/folder"], ["no/such/folder does not exist", "digits"]),
+        (["--global_batch_size", "65", "--gradient_accumulation_steps", "2"], ["does not divide", "64 or 66"]),
+        (["--global_batch_size", "2048"], ["1437 training images", "--global_batch_size"]),
+        (["--sync_batch_norm"], ["--sync_batch_norm needs GPUs", "--norm group"]),
+        (["--report_to", "aim"], ["aim is not installed", "pip install aim"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_a_command_that_cannot_work_is_refused_in_one_line(tmp_path, arguments, words):
+    line = refusal("--output_dir", tmp_path / "run", *arguments)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_on_cpu_is_refused(tmp_path):
+    line = refusal("--output_dir", tmp_path / "run", ACCELERATE_MIXED_PRECISION="fp16", CUDA_VISIBLE_DEVICES="-1")
+    assert "fp16 needs a GPU" in line
+    assert "bf16" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path):
+    write(tmp_path / "file", "precious")
+    line = refusal("--output_dir", tmp_path / "file/run")
+    assert "cannot write to" in line
+    assert "--output_dir" in line
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_two_processes_print_one_error_line(tmp_path):
+    words = launch_command(num_processes=2)
+    process = python(*words, "recipes/resnet.py", "--output_dir", tmp_path / "run", "--report_to", "none,tensorbord")
+    assert process.returncode != 0
+    assert (process.stdout + process.stderr).count("error: ") == 1, process.stderr
+    assert "--report_to tensorbord is unknown" in process.stderr
+
+
+def test_the_configuration_of_another_run_is_refused_by_name_and_kept(demo):
+    before = {path: path.read_bytes() for path in demo.folder.rglob("*") if path.is_file() and path.name != "lock"}
+    line = refusal("--output_dir", demo.folder, "--learning_rate", "0.2", "--seed", "3")
+    assert "learning_rate was 0.1, is 0.2" in line
+    assert "seed was 0, is 3" in line
+    assert before == {p: p.read_bytes() for p in demo.folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_never_resume_in_a_folder_that_holds_a_run_is_refused(demo):
+    assert "holds a run" in refusal("--output_dir", demo.folder, "--resume_from_checkpoint", "never")
+
+
+# The rules behind the lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch_size", "8"], ["--global_batch_size"]),
+        (["--per_device_train_batch_size=8"], ["--global_batch_size"]),
+        (["--epoch", "1"], ["unknown flag --epoch.", "--epochs"]),
+        (["--wieght_decay", "1"], ["--weight_decay"]),
+        (["--no_such_thing_at_all"], ["unknown flag"]),
+        (["stray"], ["stray"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--epochs", "0"], ["--epochs 0", "from 1"]),
+        (["--learning_rate", "nan"], ["--learning_rate nan"]),
+        (["--learning_rate"], ["--learning_rate"]),
+        (["--model", "resnet19"], ["resnet19", "resnet18"]),
+        (["--channels_last", "perhaps"], ["--channels_last"]),
+    ],
+    ids=str,
+)
+def test_the_parser_names_the_flag_and_a_remedy(arguments, words, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, importlib.import_module("resnet").Config, arguments=arguments)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: [p.unlink() for p in data.rglob("train/cat/*")], ["train/cat", "holds no images"]),
+        (lambda data: write(data / "val/bird/1.jpg"), ["bird", "held-out images only"]),
+        (lambda data: write(data / "train/bird/1.jpg"), ["bird", "training images only"]),
+        (lambda data: (data / "val").rename(data / "held"), ["no held-out images", "--val_fraction"]),
+        (lambda data: (data / "train").rename(data / "training"), ["no train/"]),
+        (lambda data: write(data / "test/cat/1.jpg"), ["val and test"]),
+        (
+            lambda data: (data / "train/cat").rename(data / "cat") and (data / "train/dog").rename(data / "dog"),
+            ["train"],
+        ),
+    ],
+)
+def test_a_data_folder_that_contradicts_itself_is_refused(folder, change, words):
+    change(folder)
+    with pytest.raises(UserError) as caught:
+        open_data(str(folder), 0.0, seed=0)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["path,label,split"]),
+        ("file,class\na.jpg,cat\n", ["path,label,split"]),
+        ("path,label,split\nmissing.jpg,cat,train\n", ["missing.jpg", "does not exist"]),
+        ("path,label,split\n1.jpg,cat,trian\n", ["trian", "train"]),
+        ("path,label,split\n1.jpg,cat,train\n", ["no row with the split val"]),
+        ("path,label,split\n1.jpg,cat,train\n2.jpg,dog,val\n", ["cat", "training images only"]),
+        ("path,label\n1.jpg,cat\n", ["--val_fraction"]),
+        ("path,label,split\n1.jpg,,train\n", ["line 2"]),
+    ],
+)
+def test_a_csv_that_contradicts_itself_is_refused(tmp_path, text, words):
+    write(tmp_path / "1.jpg")
+    write(tmp_path / "2.jpg")
+    write(tmp_path / "list.csv", text)
+    with pytest.raises(UserError) as caught:
+        open_data(str(tmp_path / "list.csv"), 0.0, seed=0)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("path", ["", "empty", "file.txt"])
+def test_data_that_is_not_there_is_refused(tmp_path, path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "file.txt")
+    with pytest.raises(UserError):
+        open_data(str(tmp_path / path), 0.5, seed=0) if path else open_data("", 0.5, seed=0)
+
+
+def test_a_fraction_beside_an_existing_split_is_refused(folder):
+    for data in ("digits", str(folder)):
+        with pytest.raises(UserError, match="--val_fraction"):
+            open_data(data, 0.1, seed=0)

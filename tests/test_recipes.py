@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The collection keeps its promises: loops that stay alike, recipes that can be copied, files that agree."""
+
+import ast
+import re
+import shlex
+import shutil
+import tomllib
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from conftest import ROOT, launch_command, python
+
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+TOPOLOGIES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+README = (ROOT / "README.md").read_text()
+
+# Keys that a YAML may hold and the launcher reads past: they must be flags (traps of accelerate 1.15).
+IGNORED_KEYS = {"rdzv_backend", "same_network", "enable_cpu_affinity", "max_restarts", "use_cpu"}
+# Keys whose home is the recipe's configuration.
+RECIPES_KEYS = {
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_micro_batch_size_per_gpu",
+    "train_batch_size",
+}
+
+
+# Consistency: a recipe's head says what differs from its base, and nothing else does
+
+
+def functions(source: str) -> dict[str, str]:
+    """Name -> syntax tree, without comments and layout, of each top-level function."""
+    return {node.name: ast.dump(node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
+def check_head(name: str, sources: dict[str, str]) -> None:
+    """Assert that `Base: X.py. Changes: a, b.` in a recipe's docstring is what its code does."""
+    source = sources[name]
+    head = re.search(r"^Base: (?:none|(\w+\.py)\. Changes: ([\w, ]+))\.$", ast.get_docstring(ast.parse(source)), re.M)
+    assert head, f"{name}: the docstring lacks a line `Base: none.` or `Base: x.py. Changes: f, g.`"
+    assert len(source.splitlines()) <= 250, f"{name} is longer than 250 lines"
+    if head[1] is None:
+        return
+    base, mine = functions(sources[head[1]]), functions(source)
+    changed = {function for function in mine if mine[function] != base.get(function)}
+    assert changed == set(head[2].split(", ")), f"{name} changes {sorted(changed)}, its head says {head[2]}"
+    lines = set(sources[head[1]].splitlines())
+    new = [line for line in source.splitlines() if line.strip() and line not in lines]
+    assert len(new) <= 0.4 * len(source.splitlines()), f"{name}: {len(new)} lines differ from {head[1]}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_says_what_differs_from_its_base(recipe):
+    check_head(recipe.name, {path.name: path.read_text() for path in RECIPES})
+
+
+def test_the_check_of_heads_finds_what_is_wrong():
+    base = (ROOT / "recipes/resnet.py").read_text()
+    derived = base.replace("zero_init_residual=True", "zero_init_residual=False")
+    assert derived != base
+
+    def check(head, source=derived):
+        check_head("other.py", {"resnet.py": base, "other.py": source.replace("Base: none.", head)})
+
+    check("Base: resnet.py. Changes: build_model.")
+    for wrong in ("Base: resnet.py. Changes: build_loaders.", "Base: resnet.py. Changes: build_model, main.", ""):
+        with pytest.raises(AssertionError):
+            check(wrong)
+    with pytest.raises(AssertionError, match="250 lines"):
+        check("Base: resnet.py. Changes: build_model.", derived + "\n# more" * 100)
+    with pytest.raises(AssertionError, match="lines differ"):
+        check(
+            "Base: resnet.py. Changes: build_model, evaluate.", re.sub(r"run\.", "the_run.", derived, count=0)[:9000]
+        )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_carries_its_dependencies_and_shows_its_lesson(recipe):
+    source = recipe.read_text()
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source)[1]
+    dependencies = tomllib.loads(re.sub(r"(?m)^# ?", "", block))["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    assert set(dependencies) <= set(known)
+    assert {"main", "build_model", "build_loaders", "build_optimizer", "train_one_epoch"} <= set(functions(source))
+    main = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
+    assert main.end_lineno - main.lineno < 80
+    assert [ast.unparse(node) for node in main.body[-2:]] == [
+        "accelerator.wait_for_everyone()",
+        "accelerator.end_training()",
+    ]
+    fields = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Config").body
+    assert sum(isinstance(node, ast.AnnAssign) for node in fields) <= 20
+    imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {path.stem for path in RECIPES}
+
+
+def test_shared_stays_small_and_imports_no_recipe():
+    sources = {path: path.read_text() for path in (ROOT / "shared").rglob("*.py")}
+    assert sum(len(source.splitlines()) for source in sources.values()) < 2000
+    for path, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] not in {"shared", "recipes", "tools", *(r.stem for r in RECIPES)}, (
+                    path
+                )
+
+
+# Copying
+
+
+def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(tmp_path):
+    for path in (ROOT / "recipes/resnet.py", ROOT / "shared", ROOT / "accelerate_configs"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    flags = ["--max_steps", "2", "--global_batch_size", "8", "--output_dir", "run", "--report_to", "none"]
+    copied = python(*launch_command(), "resnet.py", *flags, cwd=tmp_path)
+    assert copied.returncode == 0, copied.stderr
+    config = yaml.safe_load((tmp_path / "run/config.json").read_text())
+    assert config["shared"] == str(tmp_path / "shared/__init__.py")
+    shutil.rmtree(tmp_path / "shared")
+    orphan = python("resnet.py", *flags, cwd=tmp_path)
+    assert orphan.returncode != 0
+    assert "No module named 'shared'" in orphan.stderr
+
+
+# Topologies
+
+
+@pytest.mark.parametrize("path", TOPOLOGIES, ids=lambda path: path.name)
+def test_each_topology_loads_with_no_ignored_key(path):
+    text = path.read_text()
+    keys = set()
+    for name, value in yaml.safe_load(text).items():
+        keys |= {name, *value} if isinstance(value, dict) else {name}
+    ClusterConfig.from_yaml_file(str(path))  # refuses keys that Accelerate does not know
+    assert not keys & IGNORED_KEYS
+    assert not keys & RECIPES_KEYS
+    assert text.startswith("# When to use it:")
+    assert len(text.splitlines()) < 25
+
+
+def test_local_cpu_hides_the_gpus_from_two_processes(tmp_path):
+    script = tmp_path / "where.py"
+    script.write_text(
+        "import os, torch, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from shared.accelerator import build_accelerator\n"
+        "a = build_accelerator(0)\n"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], a.device, a.num_processes, torch.cuda.device_count())\n"
+        "a.wait_for_everyone(); a.end_training()\n"
+    )
+    process = python(*launch_command(2, "local_cpu.yaml"), script, ROOT)
+    assert process.stdout.splitlines() == ["-1,-1 cpu 2 0"] * 2, process.stderr
+
+
+# README
+
+
+def commands() -> list[str]:
+    """Every line of the README's shell blocks, continuation lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+RECIPE_COMMANDS = [line for line in commands() if "recipes/" in line and not line.startswith(("cp ", "diff "))]
+SMOKE_FORM = "--max_steps 1 --epochs 1 --data digits --image_size 32 --model resnet18 --global_batch_size 16"
+
+
+@pytest.mark.parametrize("line", RECIPE_COMMANDS)
+def test_each_recipe_command_of_the_readme_runs(line, tmp_path):
+    """Smoke form: the command as it stands, with flags after it that make it small."""
+    program, *words = shlex.split(line)
+    prefix = {"accelerate": ["-m", "accelerate.commands.accelerate_cli"], "python": []}[program]
+    process = python(*prefix, *words, *SMOKE_FORM.split(), "--output_dir", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_each_other_command_of_the_readme_is_one_that_exists():
+    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
+    others = [line for line in commands() if line not in RECIPE_COMMANDS]
+    assert {"make demo", "make test", "make smoke"} <= set(others)
+    for line in others:
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif words[0] in ("cp", "diff"):
+            assert all((ROOT / word).exists() for word in words[1:] if "/" in word and "my_project" not in word), line
+        else:
+            assert words[0] in ("git", "cd", "source", "mkdir", "tensorboard"), line
+
+
+def test_each_figure_of_a_document_names_a_results_file_that_exists():
+    documents = [ROOT / "README.md", *RECIPES]
+    named = {name for path in documents for name in re.findall(r"benchmarks/results/[\w.-]+\.json", path.read_text())}
+    assert named
+    assert all((ROOT / name).exists() for name in named), named
+
+
+def test_the_lock_pins_every_dependency_without_an_address():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    assert all(re.match(r"[A-Za-z0-9_.\[\]-]+==\S+( ; .+)?$", line) for line in lock.splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in (*project["dependencies"], *(d for e in project["optional-dependencies"].values() for d in e)):
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert name == project["name"] or re.search(rf"(?m)^{name}==", lock), requirement
+
+
+# The smoke tool
+
+
+def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
+    process = python("tools/smoke.py")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = process.stdout.splitlines()[1:]
+    assert [row.split()[:2] for row in rows] == [[path.stem, "pass"] for path in RECIPES]
+    assert all(float(row.split()[2]) > 1 and float(row.split()[3]) > 100 for row in rows)
+    assert python("tools/smoke.py", "no_such").returncode == 1
+    shutil.copytree(ROOT / "tools", tmp_path / "tools", symlinks=True)
+    shutil.copytree(ROOT / "shared", tmp_path / "shared")
+    shutil.copytree(ROOT / "accelerate_configs", tmp_path / "accelerate_configs")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/broken.py").write_text("raise SystemExit(3)\n")
+    broken = python(tmp_path / "tools/smoke.py")
+    assert broken.returncode == 1
+    assert broken.stdout.splitlines()[1].split()[:2] == ["broken", "fail"]
