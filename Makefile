@@ -5,6 +5,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 UV_VERSION := 0.13.9
 BIN := .venv/bin
+DEMO := accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
 STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
 
 .PHONY: setup demo smoke test bench lint lock help
@@ -16,13 +17,14 @@ setup: $(STAMP)  ## make .venv and install what requirements.lock pins (EXTRAS="
 
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else f"error: Python {v[0]}.{v[1]} is too old or too new. Give one from 3.11 to 3.14: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: $(PYTHON) cannot make a virtual environment. Install its venv package (Debian: apt install python3-venv)." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --compile-bytecode -r pyproject.toml $(EXTRAS:%=--extra %) -c requirements.lock
 	@touch $@
 
 demo: setup  ## train recipes/resnet.py on the embedded digits: about a minute on two cores
-	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
+	@echo "$(DEMO)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(DEMO)
 
 smoke: setup  ## two real steps of every recipe on this machine's GPU, else its CPU (RECIPE=resnet for one)
 	$(BIN)/python tools/smoke.py $(RECIPE)

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -139,6 +140,14 @@ def release_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def failure(error: Exception) -> str:
+    """`out of memory`, or the class and the first line that tells something."""
+    if any(words in str(error).lower() for words in ("out of memory", "alloc_failed", "can't allocate")):
+        return "out of memory"
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    return f"{type(error).__name__}: {''.join(lines[:1])}"
+
+
 class BudgetSpent(BaseException):
     """The alarm's; not an Exception, which torch.compile would catch and wrap."""
 
@@ -177,7 +186,9 @@ def _command() -> str:
 
 
 def _portable(value):
-    """A path below the repository loses the repository's part, any other absolute path loses its folders."""
+    """A path below the repository loses the repository's part, any other absolute path its folders; NaN is a word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, str):
         return re.sub(r"(?<![\w.:/-])/(?:[^\s/'\":,=]+/)+", "", value.replace(f"{ROOT}/", ""))
     if isinstance(value, dict):

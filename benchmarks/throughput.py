@@ -11,8 +11,7 @@ Each rung adds to the former: fp32, tf32, amp, channels_last, compile, fused_sgd
 of fused_sgd: one_graph compiles normalisation, network and loss together; cuda_graph (mode reduce-overhead) and
 compile_max_autotune (mode max-autotune-no-cudagraphs) compile the network in another mode.
 
-Without --rungs, rungs other than channels_last and compile stop at batches 256 and 512; the most telling cases come
-first, as a GPU's lease may be short, and compile_max_autotune, which compiles for minutes, near the end.
+The most telling cases come first, as a GPU's lease may be short; what compiles for minutes comes near the end.
 """
 
 import argparse
@@ -24,18 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import report
 import torch
-from report import (
-    budget,
-    load_recipe,
-    median_and_spread,
-    peak_tflops,
-    release_memory,
-    step_seconds,
-    table,
-    write,
-    write_profile,
-)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,14 +32,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared.accelerator import LEAST_CAPABILITY
 from shared.data.loaders import MEAN, STD
 
-RESNET = load_recipe("resnet")
+RESNET = report.load_recipe("resnet")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-CAPABILITY = torch.cuda.get_device_capability() if ON_GPU else None
-HALF = "fp16" if ON_GPU and LEAST_CAPABILITY["bf16"] > CAPABILITY else "bf16"
+OLD_GPU = ON_GPU and torch.cuda.get_device_capability() < LEAST_CAPABILITY["bf16"]  # before Ampere: no tf32 either
+HALF = "fp16" if OLD_GPU else "bf16"
 CLASSES = 1000
-INPUT_BATCHES = 4
 TELLING = (256, 512)
+SWEPT = ("channels_last", "compile")
+PARTLY = f"then only {' and '.join(SWEPT)} go beyond batches {TELLING[0]} and {TELLING[1]}, where these are among them"
 PROFILE_SECONDS = 60  # kept back from the budget: the fastest case is built once more to be profiled
 
 
@@ -86,7 +76,7 @@ RUNGS = {
 }
 if not ON_GPU:
     RUNGS = {name: replace(RUNGS[name], delay=0) for name in ("fp32", "amp", "channels_last", "compile")}
-elif CAPABILITY < (8, 0):
+elif OLD_GPU:
     del RUNGS["tf32"]
 
 
@@ -100,7 +90,7 @@ def planned(arguments: argparse.Namespace) -> list[Case]:
         return delay, position, case.batch_size
 
     cases = itertools.product(arguments.rungs or RUNGS, arguments.image_sizes, arguments.batch_sizes)
-    swept = arguments.rungs or ("channels_last", "compile")
+    swept = arguments.rungs or SWEPT
     return sorted((Case(*case) for case in cases if case[0] in swept or case[2] in telling), key=order)
 
 
@@ -135,7 +125,7 @@ def build_step(case: Case) -> Callable[[], Tensor]:
         optimizer = torch.optim.SGD([group | {"fused": True} for group in optimizer.param_groups], fused=True)
     scaler = torch.amp.GradScaler(DEVICE, enabled=rung.precision == "fp16")
     loss_of = build_loss(model, rung, config.label_smoothing)
-    pixels = INPUT_BATCHES, case.batch_size, case.image_size, case.image_size, 3
+    pixels = 4, case.batch_size, case.image_size, case.image_size, 3  # more bytes than a GPU's cache holds
     images = torch.randint(256, pixels, dtype=torch.uint8, device=DEVICE)
     labels = torch.randint(CLASSES, pixels[:2], device=DEVICE)
     batches = itertools.cycle(zip(images, labels, strict=True))
@@ -155,7 +145,7 @@ def build_step(case: Case) -> Callable[[], Tensor]:
 
 def warmed_up(case: Case, warmup_steps: int) -> tuple[Callable[[], Tensor], float]:
     """The step function after its warm-up, and the seconds of its first call, which compiles."""
-    release_memory()
+    report.release_memory()
     step = build_step(case)
     begin = time.perf_counter()
     step().item()  # waits for the device
@@ -168,17 +158,18 @@ def warmed_up(case: Case, warmup_steps: int) -> tuple[Callable[[], Tensor], floa
 def measure(case: Case, arguments: argparse.Namespace) -> dict:
     """The figures of one case."""
     step, first = warmed_up(case, arguments.warmup_steps)
-    rate = median_and_spread(case.batch_size / seconds for seconds in step_seconds(step, arguments.steps))
-    loss = step().item()
+    rate = report.median_and_spread(
+        case.batch_size / seconds for seconds in report.step_seconds(step, arguments.steps)
+    )
     tflops = rate["median"] * training_flops(case.image_size) / 1e12
-    peak = peak_tflops(RUNGS[case.rung].precision)
+    peak = report.peak_tflops(RUNGS[case.rung].precision)
     return {
         "images_per_second": rate,
         "tflops_per_second": round(tflops, 3),
         "share_of_peak": round(tflops / peak, 4) if peak else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if ON_GPU else None,
         "first_step_seconds": round(first, 2),
-        "loss": loss if math.isfinite(loss) else str(loss),
+        "loss": step().item(),
     }
 
 
@@ -189,17 +180,6 @@ def training_flops(image_size: int) -> int:
     return 3 * counter.get_total_flops()
 
 
-def attempt(case: Case, arguments: argparse.Namespace) -> dict:
-    """The figures of one case, or `error`: `out of memory`, or the first telling line."""
-    try:
-        return measure(case, arguments)
-    except Exception as error:
-        if any(words in str(error).lower() for words in ("out of memory", "alloc_failed", "can't allocate")):
-            return {"error": "out of memory"}
-        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
-        return {"error": f"{type(error).__name__}: {''.join(lines[:1])}"}
-
-
 def climb(results: dict[Case, dict], arguments: argparse.Namespace) -> None:
     """Measure the cases in their order and save after each; batches beyond one that ran out of memory are left out."""
     full = {}
@@ -207,11 +187,14 @@ def climb(results: dict[Case, dict], arguments: argparse.Namespace) -> None:
         if case.batch_size > full.get(case[:2], math.inf):
             results[case] = {"error": f"left out: batch {full[case[:2]]} ran out of memory"}
             continue
-        results[case] = attempt(case, arguments)
+        try:
+            results[case] = measure(case, arguments)
+        except Exception as error:
+            results[case] = {"error": report.failure(error)}
         if results[case].get("error") == "out of memory":
             full[case[:2]] = case.batch_size
         save(results, arguments)
-        print(table([case._asdict() | results[case]]), flush=True)
+        print(report.table([case._asdict() | results[case]]).splitlines()[-1], flush=True)
 
 
 def save(results: dict[Case, dict], arguments: argparse.Namespace) -> list[dict]:
@@ -219,14 +202,14 @@ def save(results: dict[Case, dict], arguments: argparse.Namespace) -> list[dict]
     cases = sorted(results, key=lambda case: (-case.image_size, list(RUNGS).index(case.rung), case.batch_size))
     rows = [case._asdict() | results[case] for case in cases]
     settings = {name: vars(arguments)[name] for name in ("steps", "warmup_steps", "seconds_limit")}
-    write("throughput", rows, model="resnet50", amp=HALF, cudnn_benchmark=True, **settings)
+    report.write("throughput", rows, model="resnet50", amp=HALF, cudnn_benchmark=True, **settings)
     return rows
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, batch_sizes, steps = parser.add_argument, *(("64,128,256,512,1024", 20) if ON_GPU else ("8,16", 5))
-    add("--rungs", type=lambda text: text.split(","), help=f"some of {','.join(RUNGS)} (all)")
+    add("--rungs", type=lambda text: text.split(","), help=f"some of {','.join(RUNGS)} (all; {PARTLY})")
     add("--image_sizes", type=integers, default="224,176", help="pixels, the most important first (%(default)s)")
     add("--batch_sizes", type=integers, default=batch_sizes, help="images per step, rising (here %(default)s)")
     add("--steps", type=int, default=steps, help="measured steps of each case (here %(default)s)")
@@ -247,14 +230,15 @@ def main(arguments: argparse.Namespace) -> None:
     end = time.perf_counter() + arguments.seconds_limit
     torch.backends.cudnn.benchmark = True
     results = {case: {"error": "left out: no time"} for case in planned(arguments)}
-    with budget(arguments.seconds_limit - PROFILE_SECONDS * bool(arguments.profile)):
+    with report.budget(arguments.seconds_limit - PROFILE_SECONDS * bool(arguments.profile)):
         climb(results, arguments)
-    print(table(save(results, arguments)), flush=True)
+    print(report.table(save(results, arguments)), flush=True)
     if arguments.profile:
-        fastest = max(results, key=lambda case: results[case].get("images_per_second", {"median": 0})["median"])
-        with budget(end - time.perf_counter()):
+        # Not by images, of which smaller ones would always win.
+        fastest = max(results, key=lambda case: results[case].get("tflops_per_second", 0))
+        with report.budget(end - time.perf_counter()):
             step, _ = warmed_up(fastest, arguments.warmup_steps)
-            write_profile(arguments.profile / f"profile_{'_'.join(map(str, fastest))}.txt", step)
+            report.write_profile(arguments.profile / f"profile_{'_'.join(map(str, fastest))}.txt", step)
 
 
 if __name__ == "__main__":

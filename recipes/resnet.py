@@ -67,12 +67,12 @@ def build_loaders(accelerator, run_config, config):
     train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
     eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return [
-        Loader(
-            Views(*what, config.image_size, run_config.seed), order, accelerator.device, run_config.num_workers, layout
-        )
-        for what, order in (((train, train_view), train_order), ((held_out, eval_view), eval_order))
-    ]
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers, layout)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
 
 
 def build_model(config, num_classes):
@@ -85,10 +85,9 @@ def build_model(config, num_classes):
 
 def build_optimizer(model, config, steps_per_epoch):
     """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
-    groups = parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0
-    )
+    groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
+    # fused: one pass over weights, gradients and momenta instead of one for each operation.
+    optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
     return optimizer, build_scheduler(optimizer, config.schedule, config.learning_rate, steps, warmup)
 

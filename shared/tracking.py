@@ -77,13 +77,7 @@ class Run:
         return checkpoint, _read_json(self.folder / "summary.json")
 
     def _open(self, classes: list[str], trackers: list[str]) -> None:
-        size = data_parallel(self.accelerator)[1]
-        accumulation = self.config.gradient_accumulation_steps
-        each = self.config.global_batch_size // size // accumulation
-        self.say(
-            f"global batch {self.config.global_batch_size} = {size} (data-parallel processes) x {each} (images) x "
-            f"{accumulation} (accumulation); {self.config.epochs} epochs x {self.epoch_steps} steps = {self.total_steps}"
-        )
+        self.say(self._batch_line())
         if self.accelerator.is_main_process:
             _write_json(self.folder / "config.json", self._description(classes))
             if self.checkpoint is None:
@@ -92,6 +86,15 @@ class Run:
         self._start_trackers(trackers)
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal, not in a log file
         self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def _batch_line(self) -> str:
+        config, size = self.config, data_parallel(self.accelerator)[1]
+        each = config.global_batch_size // size // config.gradient_accumulation_steps
+        return (
+            f"global batch {config.global_batch_size} = {size} (data-parallel processes) x {each} (images) x "
+            f"{config.gradient_accumulation_steps} (accumulation); "
+            f"{config.epochs} epochs x {self.epoch_steps} steps = {self.total_steps} steps"
+        )
 
     def _description(self, classes: list[str]) -> dict:
         accelerator = self.accelerator
