@@ -105,12 +105,14 @@ def parallelize(accelerator, model, optimizer, config):
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
     """From the run's step to the end of its epoch, or to where the run stops."""
     model.train()
+    grad_norm = None
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()

@@ -133,6 +133,11 @@ class Run:
         return self.step >= self.last_step
 
     @property
+    def will_log(self) -> bool:
+        """Whether the step that is being computed gets a line in metrics.jsonl."""
+        return (self.step + 1) % self.run_config.logging_steps == 0 or self.step + 1 >= self.last_step
+
+    @property
     def checkpoint_due(self) -> bool:
         """Within an epoch. At its end the evaluation comes first, so that a resume cannot skip it."""
         at_end = self.stopping or self.step % self.epoch_steps == 0
@@ -164,11 +169,15 @@ class Run:
         self.digest += batch.digest
         self.wait_seconds += batch.wait_seconds
 
-    def end_step(self, learning_rate: float, grad_norm: Tensor) -> None:
-        """A global batch is done: every logging_steps a line goes to metrics.jsonl, the trackers and the bar."""
+    def end_step(self, learning_rate: float, grad_norm: Tensor | None) -> None:
+        """A global batch is done: every logging_steps a line goes to metrics.jsonl, the trackers and the bar.
+
+        grad_norm is the norm before clipping; it may be None unless the step is one that `will_log`.
+        """
+        logged = self.will_log
         self.step += 1
         self.bar.update()
-        if self.step % self.run_config.logging_steps == 0 or self.stopping:
+        if logged:
             self._log_step(learning_rate, grad_norm)
         self.losses, self.digest = [], 0
 
