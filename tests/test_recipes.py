@@ -2,6 +2,7 @@
 """The collection keeps its promises: loops that stay alike, recipes that can be copied, files that agree."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -230,3 +231,30 @@ def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
     broken = python(tmp_path / "tools/smoke.py")
     assert broken.returncode == 1
     assert broken.stdout.splitlines()[1].split()[:2] == ["broken", "fail"]
+
+
+# The benchmarks
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("accuracy", "--seeds 1 --max_steps 1 --num_workers 0"),
+        ("overhead", "--pairs 1 --global_batch_size 512 --num_workers 0"),
+        ("throughput", "--rungs fp32,channels_last --image_sizes 64 --batch_sizes 2 --steps 2 --warmup_steps 1"),
+    ],
+)
+def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(tmp_path, script, flags):
+    """In a copy of the project, whose results folder is its own."""
+    for name in ("benchmarks", "recipes", "accelerate_configs", "shared"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    shutil.rmtree(tmp_path / "benchmarks/results")
+    process = python(tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    (path,) = (tmp_path / "benchmarks/results").glob(f"{script}_*_20??-??-??.json")
+    result = json.loads(path.read_text())
+    assert process.stdout.splitlines()[-1] == f"benchmarks/results/{path.name}"
+    assert result["command"] == f"python benchmarks/{script}.py {flags}"
+    assert result["hardware"]["versions"]["torch"]
+    assert str(tmp_path) not in path.read_text()
+    assert len(result["rows"]) >= 2

@@ -3,12 +3,15 @@
 
 import json
 import math
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import SHORT, train
+from conftest import ROOT, SHORT, environment, launch_command, train
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
@@ -108,6 +111,24 @@ def test_an_image_folder_and_the_other_options(runs, image_folder):
     assert sum(name == "Optimizer.step#SGD.step" for name in names) == 3
     # A ResNet-18 has 20 convolutions: 3 steps of 2 micro-batches, then 3 evaluation batches of 20.
     assert sum(name == "aten::conv2d" for name in names) == (3 * 2 + 3) * 20
+
+
+def test_two_launchers_are_two_nodes_with_the_same_losses(runs, topologies):
+    """One launcher a node, as Slurm starts them; here both nodes are this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    folder = runs / "nodes"
+    nodes = []
+    for rank in ("0", "1"):
+        where = {"num_machines": "2", "machine_rank": rank, "main_process_ip": "localhost", "main_process_port": port}
+        command = [*launch_command(2, **where), "recipes/resnet.py", "--output_dir", str(folder), *SHORT]
+        command += ["--norm", "group", "--max_grad_norm", "1"]
+        nodes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment()))
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:12]
+    assert [line["samples_digest"] for line in lines] == topologies[2, 1].series("samples_digest")
+    np.testing.assert_allclose([line["loss"] for line in lines], topologies[2, 1].series("loss"), rtol=2e-3)
 
 
 def test_compile_gives_the_losses_of_eager(runs, topologies):
