@@ -102,7 +102,7 @@ def build_optimizer(model, config, steps_per_epoch):
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
-    return optimizer, build_scheduler(optimizer, config.schedule, config.learning_rate, steps, warmup)
+    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
 
 
 def parallelize(accelerator, model, optimizer, config):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups, and learning rates as functions of the global step."""
 
+import math
+
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 
@@ -16,14 +18,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_scheduler(
-    optimizer: Optimizer, name: str, learning_rate: float, total_steps: int, warmup_steps: int
-) -> LRScheduler:
-    """`one_cycle` (Smith & Topin, arXiv:1708.07120; momentum left alone) or `cosine` after a linear warmup.
+def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_steps: int) -> LambdaLR:
+    """The optimizer's learning rate times `one_cycle`, or times `cosine` after a linear warmup from 0.
 
     Both count steps of the global batch: step the scheduler once per optimizer step, on every process, unprepared.
     """
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
-    share = min(max(warmup_steps, 1) / total_steps, 1 - 1 / total_steps) if total_steps > 1 else 0.5
-    return OneCycleLR(optimizer, learning_rate, total_steps, pct_start=share, cycle_momentum=False)
+    return LambdaLR(optimizer, lambda step: one_cycle(step, total_steps, warmup_steps))
+
+
+def one_cycle(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Up from 1/25 to 1 and down to nearly 0, both by a cosine (Smith & Topin, arXiv:1708.07120, with the factors of
+    torch's OneCycleLR, which fails for warmups of less than two steps). The momentum is left alone."""
+    first, last = 1 / 25, 1 / 25e4
+    if step < warmup_steps:
+        return 1 - (1 - first) * (1 + math.cos(math.pi * step / warmup_steps)) / 2
+    way = min(1, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+    return last + (1 - last) * (1 + math.cos(math.pi * way)) / 2

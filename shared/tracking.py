@@ -248,7 +248,9 @@ class Run:
 
     def _start_trackers(self, names: list[str]) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(self.folder / 'mlflow.db').resolve()}")
+        # Files, not SQLite: the client alone has no database, and a parallel file system is no place for one.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        os.environ.setdefault("MLFLOW_TRACKING_URI", (self.folder / "mlflow").resolve().as_uri())
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder / "tensorboard")
         self.accelerator.log_with = filter_trackers(names, self.folder)

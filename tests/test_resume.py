@@ -5,16 +5,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, Result, environment, launch_command, train
+from conftest import ROOT, Result, environment, launch_command, python, train
 
 from shared.checkpoint import checkpoint_to_resume, complete_checkpoints
-from shared.config import UserError
+from shared.config import UserError, identity_hash
 
 # Twelve steps an epoch of 240 small images.
 EPOCHS = ["--epochs", "3", "--global_batch_size", "20", "--logging_steps", "1", "--image_size", "24"]
@@ -28,6 +29,28 @@ def flags(image_folder):
 @pytest.fixture(scope="module")
 def uninterrupted(runs, flags):
     return train(runs / "uninterrupted", *flags)
+
+
+@pytest.fixture(scope="module")
+def contest(runs):
+    """A training that holds its folder and stands still, and a second start, which waits while other tests run."""
+    folder = runs / "held"
+    command = [sys.executable, "recipes/resnet.py", "--output_dir", str(folder), "--report_to", "none"]
+    with open(runs / "held.out", "w") as out:
+        holder = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+    wait_for(lambda: (folder / "summary.json").exists())
+    holder.send_signal(signal.SIGSTOP)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    second = subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes)
+    yield folder, holder, second
+    for process in (second, holder):
+        process.kill()
+        process.wait()
+
+
+def test_a_run_holds_its_folder(contest):
+    folder, holder, _ = contest
+    assert json.loads((folder / "summary.json").read_text())["pid"] == holder.pid
 
 
 def curve(run: Result) -> list[tuple]:
@@ -58,10 +81,11 @@ def test_resume_at_an_epoch_end_is_bitwise_the_same(runs, flags, uninterrupted):
 
 
 def test_resume_on_two_processes_is_the_same_to_rounding(runs, flags, uninterrupted):
-    train(runs / "wider", *flags, "--max_steps", "24")
-    second = train(runs / "wider", *flags, num_processes=2)
-    np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss"), rtol=2e-3)
-    assert second.series("samples_digest") == uninterrupted.series("samples_digest")
+    """From the last checkpoint but one, by its path, in a folder of its own."""
+    checkpoint = uninterrupted.folder / "checkpoints/step-00000024"
+    second = train(runs / "wider", *flags, "--resume_from_checkpoint", str(checkpoint), num_processes=2)
+    np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss")[24:], rtol=2e-3)
+    assert second.series("samples_digest") == uninterrupted.series("samples_digest")[24:]
     assert second.summary["world_size"] == 2
 
 
@@ -112,6 +136,33 @@ def test_what_resume_from_checkpoint_means(tmp_path):
     for wrong in ("never", "no/such", str(folder / "tmp-00000020"), str(folder)):
         with pytest.raises(UserError):
             checkpoint_to_resume(folder, wrong)
+
+
+def test_a_second_start_in_a_folder_in_use_is_refused(contest):
+    folder, holder, second = contest
+    _, errors = second.communicate(timeout=120)
+    waiting, error = errors.splitlines()
+    assert second.returncode == 1
+    assert f"in use by process {holder.pid} on {socket.gethostname()}" in waiting
+    assert error.startswith("error: ")
+    assert f"process {holder.pid} on {socket.gethostname()}" in error
+    assert "--output_dir" in error
+    assert json.loads((folder / "summary.json").read_text())["pid"] == holder.pid
+
+
+def test_the_folder_is_named_after_what_decides_the_training(tmp_path):
+    """The same command finds its run again; only what changes the curve changes the name."""
+    flags = ["--max_steps", "1", "--global_batch_size", "256", "--report_to", "none"]
+    recipe = ROOT / "recipes/resnet.py"
+    first = python(recipe, *flags, cwd=tmp_path)
+    other_limits = python(recipe, *flags, "--num_workers", "0", "--max_steps", "2", cwd=tmp_path)
+    name = first.stdout.splitlines()[0]
+    assert other_limits.stdout.splitlines()[0] == name
+    assert "resumed at step 1 of" in other_limits.stdout
+    assert os.listdir(tmp_path / "runs") == [name.removeprefix("runs/")]
+    identity = json.loads((tmp_path / name / "config.json").read_text())["identity"]
+    assert name == f"runs/resnet-{identity_hash(identity)}"
+    assert name != f"runs/resnet-{identity_hash(identity | {'seed': 1})}"
 
 
 def wait_for(condition, seconds: float = 120) -> None:

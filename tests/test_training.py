@@ -21,7 +21,7 @@ from shared.optim import build_scheduler, parameter_groups
 
 @pytest.fixture(scope="module")
 def two_processes(runs):
-    return train(runs / "two", "--epochs", "5", "--warmup_epochs", "2", num_processes=2)
+    return train(runs / "two", "--epochs", "4", "--warmup_epochs", "2", num_processes=2)
 
 
 def test_the_demonstration_reaches_its_accuracy(demo):
@@ -54,7 +54,7 @@ def test_metrics_have_every_field_once_a_step(demo):
 def test_the_configuration_records_what_made_the_run(demo):
     config = demo.config
     assert config["config"]["learning_rate"] == 0.1
-    assert config["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(config["versions"]["torch"])
     assert config["launcher"]["ACCELERATE_MIXED_PRECISION"] == "no"
     assert config["classes"] == list("0123456789")
     assert config["world_size"] == 1
@@ -80,7 +80,7 @@ def test_evaluation_equals_a_plain_loop_to_the_last_sample(demo):
 
 def test_two_processes_learn(two_processes):
     assert two_processes.summary["world_size"] == 2
-    assert two_processes.summary["accuracy"] >= 0.9
+    assert two_processes.summary["accuracy"] >= 0.8
     assert two_processes.lines[-1]["eval_samples"] == 360
     assert "global batch 64 = 2 (data-parallel processes) x 32 (images)" in two_processes.text
 
@@ -104,7 +104,8 @@ def test_an_image_folder_and_the_other_options(runs, image_folder):
     ]
     assert run.series("learning_rate") == pytest.approx([0.1 * rate for rate in rates])
     assert list(run.folder.rglob("offline-run-*/*.wandb"))
-    assert (run.folder / "mlflow.db").stat().st_size > 0
+    (losses,) = (run.folder / "mlflow").rglob("metrics/loss")
+    assert [float(line.split()[1]) for line in losses.read_text().splitlines()] == run.series("loss")
     trace = json.loads((run.folder / "profile/profile_0.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert f"{run.folder}/profile/profile_0.json" in run.text
@@ -154,11 +155,13 @@ def test_norms_and_biases_are_not_decayed():
 @pytest.mark.parametrize("name", ["one_cycle", "cosine"])
 def test_any_warmup_gives_a_schedule(name, total_steps, warmup_steps):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = build_scheduler(optimizer, name, 0.3, total_steps, warmup_steps)
+    scheduler = build_scheduler(optimizer, name, total_steps, warmup_steps)
     rates = []
     for _ in range(total_steps):
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
-        if len(rates) < total_steps:
-            scheduler.step()
+        scheduler.step()
     assert all(0 <= rate <= 0.3 + 1e-9 for rate in rates)
+    if total_steps == 10 and warmup_steps < 10:
+        assert rates[warmup_steps] == max(rates) == pytest.approx(0.3)
+        assert rates[-1] < 0.03
