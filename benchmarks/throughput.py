@@ -165,9 +165,16 @@ def integers(text: str) -> list[int]:
 
 
 def main() -> None:
+    # tf32 is a mode of GPUs from Ampere on; elsewhere that rung would be fp32 again.
+    here = [rung for rung in RUNGS if rung != "tf32" or (ON_GPU and HALF is torch.bfloat16)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, sizes, steps = parser.add_argument, *(("64,128,256,512,1024", 30) if ON_GPU else ("16", 4))
-    add("--rungs", type=lambda text: text.split(","), default=RUNGS, help=f"some of {','.join(RUNGS)} (all)")
+    add(
+        "--rungs",
+        type=lambda text: text.split(","),
+        default=here,
+        help=f"some of {','.join(RUNGS)} (here {','.join(here)})",
+    )
     add("--image_sizes", type=integers, default="224,176", help="pixels (%(default)s)")
     add("--batch_sizes", type=integers, default=sizes, help="images per step, rising (here %(default)s)")
     add("--steps", type=int, default=steps, help="measured steps of each case (here %(default)s)")
