@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, environment, launch_command, python
 
 from shared.config import RunConfig, UserError, parse
-from shared.data import open_data
+from shared.data import TrainingOrder, open_data
 
 
 def refusal(*arguments, **variables: str) -> str:
@@ -49,7 +49,6 @@ def folder(tmp_path):
         (["--learning_rat", "0.1"], ["unknown flag --learning_rat.", "--learning_rate"]),
         (["--data", "no/such/folder"], ["no/such/folder does not exist", "digits"]),
         (["--global_batch_size", "65", "--gradient_accumulation_steps", "2"], ["does not divide", "64 or 66"]),
-        (["--global_batch_size", "2048"], ["1437 training images", "--global_batch_size"]),
         (["--sync_batch_norm"], ["--sync_batch_norm needs GPUs", "--norm group"]),
         (["--report_to", "aim"], ["aim is not installed", "pip install aim"]),
     ],
@@ -92,11 +91,14 @@ def test_the_configuration_of_another_run_is_refused_by_name_and_kept(demo):
     assert before == {p: p.read_bytes() for p in demo.folder.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def test_never_resume_in_a_folder_that_holds_a_run_is_refused(demo):
-    assert "holds a run" in refusal("--output_dir", demo.folder, "--resume_from_checkpoint", "never")
-
-
 # The rules behind the lines
+
+
+def test_a_global_batch_larger_than_the_data_is_refused():
+    with pytest.raises(
+        UserError, match="100 training images do not fill one global batch. Give --global_batch_size 100"
+    ):
+        TrainingOrder(100, 128, 128, 0, 1, seed=0)
 
 
 @pytest.mark.parametrize(

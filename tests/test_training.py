@@ -95,7 +95,7 @@ def test_an_image_folder_and_the_other_options(runs, image_folder):
         *["--report_to", "tensorboard,wandb,mlflow", "--profile"],
         mixed_precision="bf16",
     )
-    assert run.config["mixed_precision"] == "bf16"
+    assert run.config["identity"]["mixed_precision"] == "bf16"
     assert run.config["classes"] == [f"digit-{label}" for label in range(10)]
     assert run.lines[-1]["eval_samples"] == 60
     assert all(math.isfinite(loss) for loss in run.series("loss"))
@@ -111,7 +111,7 @@ def test_an_image_folder_and_the_other_options(runs, image_folder):
     assert f"{run.folder}/profile/profile_0.json" in run.text
     assert sum(name == "Optimizer.step#SGD.step" for name in names) == 3
     # A ResNet-18 has 20 convolutions: 3 steps of 2 micro-batches, then 3 evaluation batches of 20.
-    assert sum(name == "aten::conv2d" for name in names) == (3 * 2 + 3) * 20
+    assert sum(name == "aten::convolution" for name in names) == (3 * 2 + 3) * 20
 
 
 def test_two_launchers_are_two_nodes_with_the_same_losses(runs, topologies):
@@ -124,12 +124,12 @@ def test_two_launchers_are_two_nodes_with_the_same_losses(runs, topologies):
     for rank in ("0", "1"):
         where = {"num_machines": "2", "machine_rank": rank, "main_process_ip": "localhost", "main_process_port": port}
         command = [*launch_command(2, **where), "recipes/resnet.py", "--output_dir", str(folder), *SHORT]
-        command += ["--norm", "group", "--max_grad_norm", "1"]
+        command += ["--norm", "group", "--max_grad_norm", "1", "--max_steps", "4"]
         nodes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment()))
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:12]
-    assert [line["samples_digest"] for line in lines] == topologies[2, 1].series("samples_digest")
-    np.testing.assert_allclose([line["loss"] for line in lines], topologies[2, 1].series("loss"), rtol=2e-3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:4]
+    assert [line["samples_digest"] for line in lines] == topologies[2, 1].series("samples_digest")[:4]
+    np.testing.assert_allclose([line["loss"] for line in lines], topologies[2, 1].series("loss")[:4], rtol=1e-4)
 
 
 def test_compile_gives_the_losses_of_eager(runs, topologies):
