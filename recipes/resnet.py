@@ -153,7 +153,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def main(run_config, config):
-    accelerator = build_accelerator(run_config.seed, config.gradient_accumulation_steps)
+    accelerator = build_accelerator(run_config.seed, config)
     if config.sync_batch_norm and (accelerator.device.type != "cuda" or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)

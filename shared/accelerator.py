@@ -2,18 +2,24 @@
 """Build the Accelerator that the launcher asked for, on GPUs or, without them, on CPU processes."""
 
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from torch.distributed.device_mesh import init_device_mesh
 
 from .config import UserError
 
 # Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
+
+# Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
+MESH = ("pp", "dp", "tp")
 
 
 def mixed_precision() -> str:
@@ -21,38 +27,61 @@ def mixed_precision() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
-def build_accelerator(seed: int, gradient_accumulation_steps: int = 1) -> Accelerator:
+def strategy() -> str:
+    """`ddp` (one process too), `fsdp`, `hsdp` or `zero1` to `zero3`: the YAML's, which the launcher passes on."""
+    if _variable("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        return f"zero{_variable('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if _variable("ACCELERATE_USE_FSDP", "false") == "true":
+        return "hsdp" if _replicas() > 1 else "fsdp"
+    return "ddp"
+
+
+def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",)) -> Accelerator:
     """The Accelerator of this process, with every rank's random state seeded alike.
 
-    Raises UserError for a precision that the device lacks, for more processes than GPUs, and for an accumulation set
-    outside the recipe's configuration.
+    config holds gradient_accumulation_steps, global_batch_size, max_grad_norm and, in some recipes,
+    tensor_parallel_size and pipeline_parallel_size. `accelerator.mesh` is the DeviceMesh of the processes, of shape
+    (pp, dp, tp), or None for one process.
+
+    Raises UserError, before any process group is made, for a strategy that the recipe has not, a precision that the
+    device lacks, sizes that do not multiply to the processes, and settings that are made in two places.
     """
     _die_with_launcher()
     on_cpu = _forced_cpu() or not torch.cuda.is_available()
+    _check_strategy(strategies)
     _check_precision(on_cpu)
     _check_processes(on_cpu)
-    if "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in os.environ:
-        raise UserError(
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or this key in the YAML, overrides the recipe's flag. "
-            "Remove it and give --gradient_accumulation_steps."
-        )
+    shape = _mesh_shape(config)
+    _check_recipes_keys()
+    if strategy() in ("fsdp", "hsdp") and on_cpu and _world_size() > 1:
+        # Accelerate makes FSDP of MULTI_GPU alone; with gloo processes it would train unsharded without a word.
+        PartialState(backend="gloo")
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(
         # One process without CUDA keeps Accelerate's own choice (MPS on a Mac); several talk through gloo.
-        cpu=_forced_cpu() or (on_cpu and _world_size() > 1),
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        cpu=strategy() == "ddp" and (_forced_cpu() or (on_cpu and _world_size() > 1)),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
         project_config=ProjectConfiguration(),
+        parallelism_config=_parallelism_config(),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
     )
     assert accelerator.num_processes == _world_size()
     # The launcher exports OMP_NUM_THREADS=1 whatever the machine.
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     set_seed(seed)
+    alone = not torch.distributed.is_initialized()
+    accelerator.mesh = None if alone else init_device_mesh(accelerator.device.type, shape, mesh_dim_names=MESH)
+    if strategy().startswith("zero"):
+        _configure_deepspeed(accelerator, config)
     return accelerator
 
 
 def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
     """Rank and size among the processes that see different samples."""
-    return accelerator.process_index, accelerator.num_processes
+    if accelerator.mesh is None:
+        return 0, 1
+    return accelerator.mesh.get_local_rank("dp"), accelerator.mesh["dp"].size()
 
 
 def micro_batch_size(accelerator: Accelerator, global_batch_size: int, gradient_accumulation_steps: int) -> int:
@@ -74,7 +103,7 @@ def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]
     if data_parallel(accelerator)[1] == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=accelerator.mesh["dp"].get_group())
     return total.tolist()
 
 
@@ -93,8 +122,17 @@ def on_main_process(accelerator: Accelerator, function, *arguments):
     return outcome[0]
 
 
+def _variable(name: str, default: str) -> str:
+    return os.environ.get(name, default).lower()
+
+
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _replicas() -> int:
+    """HSDP: the model's sharded copies."""
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
 
 
 def _cores() -> int:
@@ -105,6 +143,63 @@ def _forced_cpu() -> bool:
     """By `use_cpu` of a YAML for one process, or by local_cpu.yaml, which hides the GPUs from any number of them."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
     return hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+
+
+def _check_strategy(strategies: tuple[str, ...]) -> None:
+    asked = strategy()
+    if asked not in strategies:
+        name = os.path.basename(sys.argv[0])
+        configs = " or ".join(f"accelerate_configs/local_{known}.yaml" for known in strategies)
+        raise UserError(f"{name} does not run under {asked}. Launch it with {configs}.")
+    if asked in ("fsdp", "hsdp") and _variable("FSDP_VERSION", "1") != "2":
+        raise UserError("the YAML asks for the first FSDP. Set fsdp_version: 2 in its fsdp_config.")
+    if asked.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"{asked} needs DeepSpeed. Install it (pip install deepspeed), or use local_fsdp.yaml.")
+
+
+def _mesh_shape(config) -> tuple[int, int, int]:
+    """(pipeline, data, tensor) parallel sizes."""
+    world, tensor = _world_size(), getattr(config, "tensor_parallel_size", 1)
+    pipeline = getattr(config, "pipeline_parallel_size", 1)
+    for name, size in (("tensor_parallel_size", tensor), ("pipeline_parallel_size", pipeline)):
+        if world % size:
+            raise UserError(f"{world} processes are no multiple of --{name} {size}. Change it or --num_processes.")
+    if strategy() == "hsdp" and world % _replicas():
+        raise UserError(
+            f"{world} processes are no multiple of {_replicas()} replicas. "
+            "Change --parallelism_config_dp_replicate_size or --num_processes."
+        )
+    return pipeline, world // (pipeline * tensor), tensor
+
+
+def _check_recipes_keys() -> None:
+    """Refuse what is the recipe's to say: from the environment or the YAML, Accelerate would override it silently."""
+    # The launcher of DeepSpeed exports its own default, 1.
+    if _variable("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise UserError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or this key in the YAML, overrides the recipe's flag. "
+            "Remove it and give --gradient_accumulation_steps."
+        )
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    if _variable("ACCELERATE_GRADIENT_CLIPPING", "auto") != "auto":
+        raise UserError("gradient_clipping stands in the YAML. Remove it there and give --max_grad_norm.")
+
+
+def _parallelism_config() -> ParallelismConfig | None:
+    if strategy() != "hsdp":
+        return None
+    return ParallelismConfig(dp_replicate_size=_replicas(), dp_shard_size=_world_size() // _replicas())
+
+
+def _configure_deepspeed(accelerator: Accelerator, config) -> None:
+    """Batch, accumulation and clipping (0 = none) are the recipe's; DeepSpeed's own defaults would be others."""
+    batch = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": batch,
+        "train_batch_size": config.global_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": float(config.max_grad_norm),
+    }
 
 
 def _check_precision(on_cpu: bool) -> None:

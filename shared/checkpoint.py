@@ -15,13 +15,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .accelerator import strategy
 from .config import UserError
 
 KEPT = 2
+ZERO = "zero"  # DeepSpeed's folder within a checkpoint
+# One entry a parameter, not one a group: then each process of a pipeline can bring its own parameters.
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_checkpoint(
@@ -43,8 +47,11 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    weights, moments = get_state_dict(model, _unwrapped(optimizer))
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=_alone())
+    if strategy().startswith("zero"):
+        _save_zero(temporary, accelerator, model)
+    else:
+        weights, moments = get_state_dict(model, _unwrapped(optimizer), options=FLAT)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=_alone())
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         _write_json(temporary / "state.json", {"step": step, "scheduler": scheduler.state_dict(), "scaler": scaler})
@@ -60,15 +67,44 @@ def load_checkpoint(
     path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
 ) -> int:
     """Put everything back and return the global step; every process must call it."""
-    optimizer = _unwrapped(optimizer)
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=_alone())
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    if strategy().startswith("zero"):
+        _load_zero(path, model)
+    else:
+        optimizer = _unwrapped(optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=FLAT)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=_alone())
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
     state = json.loads((path / "state.json").read_text())
     scheduler.load_state_dict(state["scheduler"])
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state["step"]
+
+
+def _save_zero(folder: Path, accelerator: Accelerator, model: nn.Module) -> None:
+    """DeepSpeed's shards for its own resume, and beside them the whole weights in fp32 under their plain names."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model.save_checkpoint(str(folder), tag=ZERO)
+    weights = {}
+    for name, parameter in model.module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)  # gathers: every process must call it
+        if accelerator.is_main_process:
+            weights[name] = whole.cpu()
+    if accelerator.is_main_process:
+        dcp.save({"model": weights}, checkpoint_id=folder, no_dist=True)
+    accelerator.wait_for_everyone()
+
+
+def _load_zero(path: Path, model: nn.Module) -> None:
+    """Raises UserError where another strategy, or another number of processes, wrote the checkpoint."""
+    shards = list((path / ZERO).glob("*_optim_states.pt"))
+    if len(shards) != torch.distributed.get_world_size():
+        raise UserError(
+            f"{path} was written by {len(shards)} ZeRO processes; here are {torch.distributed.get_world_size()}. "
+            "Resume with that strategy and number, or give another --output_dir."
+        )
+    model.load_checkpoint(str(path), tag=ZERO)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

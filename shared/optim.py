@@ -9,13 +9,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices and filters, but neither norms nor biases (He et al., arXiv:1812.01187, section 3.1)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
+    """Decay matrices and filters, but neither norms and biases (He et al., arXiv:1812.01187, section 3.1) nor
+    parameters whose name ends in one of `no_decay`."""
+    groups = {weight_decay: [], 0.0: []} if weight_decay else {0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(no_decay)
+            groups[weight_decay if decays else 0.0].append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
 def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_steps: int) -> LambdaLR:

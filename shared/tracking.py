@@ -21,9 +21,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_avail
 from accelerate.utils import ProfileKwargs
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from .accelerator import all_reduce_sum, data_parallel, mixed_precision, on_main_process
+from .accelerator import MESH, all_reduce_sum, data_parallel, mixed_precision, on_main_process, strategy
 from .checkpoint import checkpoint_to_resume
 from .config import RunConfig, UserError, identity, identity_hash
 from .data import Batch
@@ -112,7 +113,8 @@ class Run:
                 for name, value in sorted(os.environ.items())
                 if name.startswith(LAUNCHER_VARIABLES) or name in LAUNCHER_NAMES
             },
-            "distributed_type": str(accelerator.distributed_type.value),
+            "strategy": strategy(),
+            "mesh": dict(zip(MESH, accelerator.mesh.shape, strict=True)) if accelerator.mesh else None,
             "world_size": accelerator.num_processes,
             "data_parallel_size": data_parallel(accelerator)[1],
             "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
@@ -198,7 +200,7 @@ class Run:
                 "loss": loss / size,
                 "samples_digest": f"{((int(high) << 32) + int(low)) % 2**64:016x}",
                 "learning_rate": learning_rate,
-                "grad_norm": float(grad_norm),
+                "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
                 "samples_per_second": round(rate, 1),
                 "data_wait_fraction": round(wait / size / seconds, 4),
             }

@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     valid: Tensor  # (B,) bool: False where a sample only pads an evaluation batch
+    seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
     digest: int  # of sample indices and augmentation seeds, see order.digest
     wait_seconds: float = 0.0  # that the training loop stood still for this batch
 
@@ -57,7 +58,8 @@ class Views(Dataset):
         for row in np.flatnonzero(valid):
             images[row] = self.view(self.source.image(indices[row]), self.image_size, seeds[row])
         labels = np.where(valid, self.source.labels[indices], 0)
-        tensors = (torch.from_numpy(array) for array in (images, labels, valid))
+        signed = np.array(seeds, dtype=np.uint64).view(np.int64)
+        tensors = (torch.from_numpy(array) for array in (images, labels, valid, signed))
         return Batch(*tensors, digest=digest(indices, seeds))
 
 
@@ -71,9 +73,13 @@ class Loader:
         device: torch.device,
         num_workers: int,
         memory_format: torch.memory_format = torch.contiguous_format,
+        statistics: tuple[list[float], list[float]] | None = None,
     ):
+        """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's."""
         self.dataset, self.order, self.device, self.memory_format = dataset, order, device, memory_format
-        self.mean, self.std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
+        self.mean, self.std = (
+            torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
+        )
         self.loader = DataLoader(
             dataset,
             batch_sampler=order,
@@ -103,11 +109,11 @@ class Loader:
             yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
 
     def _to_device(self, batch: Batch) -> Batch:
-        images, labels, valid = (tensor.to(self.device, non_blocking=True) for tensor in batch[:3])
+        images, labels, valid, seeds = (tensor.to(self.device, non_blocking=True) for tensor in batch[:4])
         # (B, H, W, 3) seen as (B, 3, H, W) is channels-last already: that layout costs no copy.
         images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
         images = images.sub_(self.mean).div_(self.std)
-        return batch._replace(images=images, labels=labels, valid=valid)
+        return batch._replace(images=images, labels=labels, valid=valid, seeds=seeds)
 
 
 def _as_is(batch: Batch) -> Batch:

@@ -1,0 +1,178 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Train a Vision Transformer, whole on each GPU or sharded over them: the YAML alone decides, the losses stay the same.
+
+Base: resnet.py. Changes: build_loaders, build_model, build_optimizer, parallelize, train_one_epoch, main.
+
+    python recipes/vit.py                                                     # a laptop
+    L="accelerate launch --config_file accelerate_configs"
+    $L/local_ddp.yaml recipes/vit.py                                          # one GPU, or the CPU without one
+    $L/local_fsdp.yaml --num_processes 8 recipes/vit.py --model L             # a node; or local_zero1, zero2, zero3
+    $L/local_hsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \\
+        --num_processes 32 --parallelism_config_dp_replicate_size 4 recipes/vit.py --model G   # on each of four nodes
+
+ImageNet (command not yet run), after big_vision's ViT-S/16 of 76.5 % in 90 epochs, less its augmentations: --data
+$DSDIR/imagenet/RawImages --model S --patch_size 16 --image_size 224 --min_crop_area 0.05 --horizontal_flip
+--eval_crop_ratio 0.875 --epochs 90 --global_batch_size 1024 --learning_rate 1e-3 --warmup_epochs 8 --weight_decay 0.1
+--compile, with --mixed_precision bf16 for the launcher.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+from shared.vit import VisionTransformer, find_pretrained, init_weights, load_pretrained, pixel_statistics, vit_config
+
+STRATEGIES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
+    patch_size: int = HfArg(default=4, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.05")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=40, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=1e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: float = HfArg(default=0.05, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
+    compile: bool = HfArg(default=False, help="torch.compile each block")
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
+    rank, size = data_parallel(accelerator)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers, statistics=statistics)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes, seed):
+    """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
+    if config.pretrained:
+        folder = find_pretrained(config.pretrained)
+        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+    else:
+        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        with torch.device("meta"):
+            model = VisionTransformer(sizes)
+        init_weights(model.to_empty(device="cpu"), seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """AdamW, and its learning rate as a function of the global step."""
+    groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
+    # fused: one pass over weights, gradients and both moments instead of one for each operation.
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
+
+
+def parallelize(accelerator, model, optimizer, config):
+    """Device, precision, replicas and shards are the YAML's: `prepare` applies them."""
+    if config.compile:
+        for block in model.vit.layers:
+            block.compile()
+    return accelerator.prepare(model, optimizer)
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images, batch.seeds)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes), run_config.seed)
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        model, optimizer = parallelize(accelerator, model, optimizer, config)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Vision Transformer by its paper's name, with stochastic depth, and weights that depend on the seed
+alone: every strategy starts from the same ones, whichever part of them a process holds."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.functional import interpolate
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from .config import UserError
+from .data.order import hash64
+
+# name: width, blocks, heads, MLP width. Ti to L: Dosovitskiy et al., arXiv:2010.11929, and Touvron et al.,
+# arXiv:2012.12877; H, g and G (1.8 billion parameters, "2B"): Zhai et al., arXiv:2106.04560. demo: ours, for the digits.
+SIZES = {
+    "demo": (96, 6, 4, 384),
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
+    "G": (1664, 48, 16, 8192),
+}
+INITIAL_STD = 0.02
+PREPROCESSOR = "preprocessor_config.json"
+
+
+class DropPathLayer(ViTLayer):
+    """A block whose two branches are skipped for some samples (Huang et al., arXiv:1603.09382).
+
+    Which ones is a function of the sample's augmentation seed, so of run seed, epoch and sample, and of the block: not
+    of the process that holds the sample, nor of how often the forward is computed.
+    """
+
+    def __init__(self, config: ViTConfig, number: int):
+        super().__init__(config)
+        self.number, self.rate = number, config.drop_path * number / max(1, config.num_hidden_layers - 1)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, sample_seeds: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states (B, tokens, width), sample_seeds (B,) int64 or None."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask)
+        hidden_states = hidden_states + self._drop(attended, sample_seeds, 0)
+        changed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self._drop(changed, sample_seeds, 1)
+
+    def _drop(self, branch: Tensor, sample_seeds: Tensor | None, which: int) -> Tensor:
+        if not self.training or self.rate == 0 or sample_seeds is None:
+            return branch
+        keep = uniform(sample_seeds, 2 * self.number + which) >= self.rate
+        return branch * (keep / (1 - self.rate)).to(branch.dtype)[:, None, None]
+
+
+class VisionTransformer(ViTForImageClassification):
+    """ViTForImageClassification under its own parameter names, with stochastic depth; returns logits (B, classes)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        self.vit.layers = nn.ModuleList(DropPathLayer(config, number) for number in range(config.num_hidden_layers))
+
+    def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W) float, sample_seeds (B,) int64: the batch's; without them no branch is dropped."""
+        hidden_states = self.vit.embeddings(images.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype))
+        for layer in self.vit.layers:
+            hidden_states = layer(hidden_states, None, sample_seeds)
+        return self.classifier(self.vit.layernorm(hidden_states)[:, 0])
+
+
+def uniform(seeds: Tensor, stream: int) -> Tensor:
+    """One float32 in [0, 1) for each int64 seed and stream: splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
+    bits = seeds + _signed(hash64(stream))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        # Masked, since >> of a signed number copies its sign.
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return (bits >> 40 & (1 << 24) - 1) * 2.0**-24
+
+
+def vit_config(name: str, image_size: int, patch_size: int, num_classes: int, drop_path: float) -> ViTConfig:
+    """Raises UserError where the patches do not tile the image."""
+    _check_patches(image_size, patch_size)
+    width, blocks, heads, mlp_width = SIZES[name]
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=mlp_width,
+        image_size=image_size,
+        patch_size=patch_size,
+        num_labels=num_classes,
+        attn_implementation="sdpa",
+    )
+    config.drop_path = drop_path
+    return config
+
+
+def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
+    """Fill parameters in place, on any device and in any sharding: each is drawn whole from (seed, its name).
+
+    Matrices, filters and embeddings: normal with standard deviation 0.02, cut at two of them; norms 1, biases 0. Takes
+    the memory of the largest parameter once more. `prefix` limits it to names that begin so.
+    """
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            copy_(parameter.data, initial_value(name, parameter.shape, seed))
+
+
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The weight, on the CPU in float32, with which this parameter starts."""
+    if len(shape) == 1:
+        return torch.full(shape, float("norm" in name and name.endswith("weight")))
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    generator = torch.Generator().manual_seed(hash64(seed, key) >> 1)
+    value = torch.empty(shape)
+    return nn.init.trunc_normal_(value, 0, INITIAL_STD, -2 * INITIAL_STD, 2 * INITIAL_STD, generator=generator)
+
+
+def copy_(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor, which every process has, into a plain tensor or into this process's part of a DTensor."""
+    if not isinstance(target, DTensor):
+        target.copy_(value)
+        return
+    # Called replicated without a check, then cut down to this process's part: nothing is sent.
+    mesh = target.device_mesh
+    whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    target.copy_(whole.redistribute(placements=target.placements))
+
+
+# Pretrained weights
+
+
+def find_pretrained(name: str) -> Path:
+    """The folder of `--pretrained`: itself, $DSDIR/HuggingFace_Models/<name>, or a download of this hub id.
+
+    Raises UserError with the places that were tried.
+    """
+    tried = [Path(name)]
+    if "DSDIR" in os.environ:
+        tried.append(Path(os.environ["DSDIR"]) / "HuggingFace_Models" / name)
+    for folder in tried:
+        if (folder / "config.json").is_file():
+            return folder
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        places = ", ".join(str(folder / "config.json") for folder in tried)
+        raise UserError(
+            f"--pretrained {name} was not found: no {places}, and not on the hub ({type(error).__name__}). "
+            "Give a folder that transformers saved, or download it where there is a network."
+        ) from error
+
+
+def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: float, seed: int) -> VisionTransformer:
+    """The network of a folder that transformers saved, for images of this size.
+
+    The position embeddings are interpolated where its images had another size; the head starts anew, from the seed,
+    where it had another number of classes.
+    """
+    config = ViTConfig.from_pretrained(folder)
+    if config.model_type != "vit":
+        raise UserError(f"--pretrained {folder} is a {config.model_type}, not a vit. Give a ViT's folder.")
+    former_classes = config.num_labels
+    config.num_labels, config.drop_path = num_classes, drop_path
+    model = VisionTransformer.from_pretrained(
+        folder, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    if num_classes != former_classes:
+        init_weights(model, seed, "classifier.")
+    embeddings = model.vit.embeddings
+    _check_patches(image_size, config.patch_size)
+    positions = resize_positions(embeddings.position_embeddings.data, image_size // config.patch_size)
+    embeddings.position_embeddings = nn.Parameter(positions)
+    config.image_size = image_size
+    embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
+    return model
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """(1, 1 + n * n, width) to (1, 1 + side * side, width), bicubic (arXiv:2010.11929, section 3.2)."""
+    former = math.isqrt(positions.shape[1] - 1)
+    if former == side:
+        return positions
+    grid = positions[:, 1:].reshape(1, former, former, -1).permute(0, 3, 1, 2)
+    grid = interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def pixel_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation, of [0, 255], that the folder's image processor names; None where it has none."""
+    if not (folder / PREPROCESSOR).is_file():
+        return None
+    processor = json.loads((folder / PREPROCESSOR).read_text())
+    return tuple([255 * value for value in processor[name]] for name in ("image_mean", "image_std"))
+
+
+def _check_patches(image_size: int, patch_size: int) -> None:
+    if image_size % patch_size:
+        near = image_size // patch_size * patch_size or patch_size
+        raise UserError(f"--image_size {image_size} is no multiple of the patch size {patch_size}. Give {near}.")
+
+
+def _signed(bits: int) -> int:
+    """The int64 with these 64 bits: torch's products of int64 wrap around as unsigned ones do."""
+    return bits - (1 << 64) if bits >> 63 else bits
