@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a Vision Transformer, whole on each GPU or sharded over them: the YAML alone decides, the losses stay the same.
+"""Train a Vision Transformer, whole on each GPU or sharded over them: the YAML alone decides, the losses stay alike.
 
 Base: resnet.py. Changes: build_loaders, build_model, build_optimizer, parallelize, train_one_epoch, main.
 

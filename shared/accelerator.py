@@ -3,9 +3,11 @@
 
 import ctypes
 import importlib.util
+import logging
 import os
 import signal
 import sys
+import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,6 +19,9 @@ from .config import UserError
 
 # Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
+
+# DTensor's advice to join two all-reduces, for the one number of the gradient's norm.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 # Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
 MESH = ("pp", "dp", "tp")
@@ -193,6 +198,8 @@ def _parallelism_config() -> ParallelismConfig | None:
 
 def _configure_deepspeed(accelerator: Accelerator, config) -> None:
     """Batch, accumulation and clipping (0 = none) are the recipe's; DeepSpeed's own defaults would be others."""
+    # With offload DeepSpeed's own Adam takes over the groups, and the scheduler misses the steps of torch's.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     batch = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": batch,

@@ -9,6 +9,7 @@ order and the augmentation are functions of the step, so no random state and no 
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .accelerator import strategy
 from .config import UserError
+
+# Said by torch of every save and load by one process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 KEPT = 2
 ZERO = "zero"  # DeepSpeed's folder within a checkpoint

@@ -21,7 +21,7 @@ from .config import UserError
 from .data.order import hash64
 
 # name: width, blocks, heads, MLP width. Ti to L: Dosovitskiy et al., arXiv:2010.11929, and Touvron et al.,
-# arXiv:2012.12877; H, g and G (1.8 billion parameters, "2B"): Zhai et al., arXiv:2106.04560. demo: ours, for the digits.
+# arXiv:2012.12877; H, g and G (1.8 billion parameters, "2B"): Zhai et al., arXiv:2106.04560. demo: ours.
 SIZES = {
     "demo": (96, 6, 4, 384),
     "Ti": (192, 12, 3, 768),
@@ -85,6 +85,14 @@ def uniform(seeds: Tensor, stream: int) -> Tensor:
         # Masked, since >> of a signed number copies its sign.
         bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
     return (bits >> 40 & (1 << 24) - 1) * 2.0**-24
+
+
+def network_sizes(config) -> tuple[int, int, int]:
+    """Blocks, heads and MLP width of what a recipe's `--model` or `--pretrained` asks for."""
+    if config.pretrained:
+        network = ViTConfig.from_pretrained(find_pretrained(config.pretrained))
+        return network.num_hidden_layers, network.num_attention_heads, network.intermediate_size
+    return SIZES[config.model][1:]
 
 
 def vit_config(name: str, image_size: int, patch_size: int, num_classes: int, drop_path: float) -> ViTConfig:

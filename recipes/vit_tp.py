@@ -1,0 +1,256 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.15", "transformers>=5.17", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Split every block of a Vision Transformer over several GPUs: tensor parallelism with DTensor, on one device mesh with
+data parallelism or FSDP2.
+
+Base: vit.py. Changes: block_plan, parallelize, check_sizes, main.
+
+    L="accelerate launch --config_file accelerate_configs"
+    $L/local_tp.yaml recipes/vit_tp.py                              # tensor parallel over two processes
+    $L/local_tp.yaml --num_processes 8 recipes/vit_tp.py            # a node: 2 (tensor) x 4 (data parallel, replicated)
+    $L/local_fsdp.yaml --num_processes 8 recipes/vit_tp.py --model G --tensor_parallel_size 4   # x FSDP2 over the rest
+    $L/local_fsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
+        --num_processes 32 recipes/vit_tp.py --model G --tensor_parallel_size 8                 # on each of four nodes
+
+Every block sends 4 times its activations a step, so keep --tensor_parallel_size within a node.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.functional import cross_entropy
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, strategy
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, UserError, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+from shared.vit import (
+    VisionTransformer,
+    find_pretrained,
+    init_weights,
+    load_pretrained,
+    network_sizes,
+    pixel_statistics,
+    vit_config,
+)
+
+STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
+    patch_size: int = HfArg(default=4, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.05")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=40, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=1e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: float = HfArg(default=0.05, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
+    compile: bool = HfArg(default=False, help="torch.compile each block")
+    tensor_parallel_size: int = HfArg(default=2, help="processes that share each block")
+    sequence_parallel: bool = HfArg(default=False, help="split norms and residuals by tokens: less memory")
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
+    rank, size = data_parallel(accelerator)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers, statistics=statistics)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes, seed):
+    """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
+    if config.pretrained:
+        folder = find_pretrained(config.pretrained)
+        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+    else:
+        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        with torch.device("meta"):
+            model = VisionTransformer(sizes)
+        init_weights(model.to_empty(device="cpu"), seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """AdamW, and its learning rate as a function of the global step."""
+    groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
+    # fused: one pass over weights, gradients and both moments instead of one for each operation.
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
+
+
+def block_plan(sequence_parallel):
+    """How each part of a block is split (Shoeybi et al., arXiv:1909.08053; with tokens: arXiv:2205.05198).
+
+    Whoever multiplies by columns keeps its columns of the result, which are its rows of the next product: one
+    all-reduce after each pair. With sequence_parallel that is a reduce-scatter after it and an all-gather before.
+    """
+    between = Shard(1) if sequence_parallel else Replicate()
+    whole = {"desired_input_layouts": (Replicate(), None), "use_local_output": False}
+    out = {"output_layouts": between, "use_local_output": not sequence_parallel}
+    plan = {
+        # The input crosses once for all three products; each on its own would all-reduce its gradient.
+        "attention": PrepareModuleInput(input_layouts=(between, None), **whole),
+        **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
+        "attention.o_proj": RowwiseParallel(**out),
+        "mlp.fc1": ColwiseParallel(input_layouts=between),
+        "mlp.fc2": RowwiseParallel(**out),
+    }
+    if sequence_parallel:
+        plan |= {name: SequenceParallel() for name in ("layernorm_before", "layernorm_after")}
+    return plan
+
+
+def parallelize(accelerator, model, config):
+    """Tensor parallel within `tp`, then over `dp` sharded (fsdp) or replicated (ddp): FSDP2 with shards of one process.
+
+    Accelerate refuses or breaks these pairs, so torch is called on its mesh.
+    """
+    mesh = accelerator.mesh
+    for block in model.vit.layers:
+        parallelize_module(block, mesh["tp"], block_plan(config.sequence_parallel))
+    if config.sequence_parallel:
+        by_tokens = PrepareModuleOutput(
+            output_layouts=Replicate(), desired_output_layouts=Shard(1), use_local_output=False
+        )
+        whole = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate(), use_local_output=True)
+        parallelize_module(
+            model, mesh["tp"], {"vit.embeddings": by_tokens, "vit.layernorm": SequenceParallel(), "classifier": whole}
+        )
+    if strategy() == "fsdp":
+        replicas_and_shards = mesh["dp"]
+    else:
+        sizes = (mesh["dp"].size(), 1, mesh["tp"].size())
+        replicas_and_shards = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("dp", "one", "tp"))[
+            "dp", "one"
+        ]
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    for part in (*model.vit.layers, model):
+        if config.compile and part is not model:
+            part.compile()
+        fully_shard(part, mesh=replicas_and_shards, mp_policy=policy)
+    return model.to(accelerator.device)
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images, batch.seeds)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def check_sizes(config):
+    """Refuse what cannot be split evenly."""
+    _, heads, mlp_width = network_sizes(config)
+    for what, size in (("heads", heads), ("MLP columns", mlp_width)):
+        if size % config.tensor_parallel_size:
+            raise UserError(
+                f"--tensor_parallel_size {config.tensor_parallel_size} does not divide the {size} {what}. "
+                "Give a divisor, or another --model."
+            )
+
+
+def main(run_config, config):
+    check_sizes(config)
+    accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes), run_config.seed)
+        model = parallelize(accelerator, model, config)
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))
