@@ -159,13 +159,10 @@ def parallelize(accelerator, model, config):
     for block in model.vit.layers:
         parallelize_module(block, mesh["tp"], block_plan(config.sequence_parallel))
     if config.sequence_parallel:
-        by_tokens = PrepareModuleOutput(
-            output_layouts=Replicate(), desired_output_layouts=Shard(1), use_local_output=False
-        )
-        whole = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate(), use_local_output=True)
-        parallelize_module(
-            model, mesh["tp"], {"vit.embeddings": by_tokens, "vit.layernorm": SequenceParallel(), "classifier": whole}
-        )
+        layouts = {"desired_output_layouts": Shard(1), "output_layouts": Replicate(), "use_local_output": False}
+        whole = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True)
+        ends = {"vit.embeddings": PrepareModuleOutput(**layouts), "vit.layernorm": whole}
+        parallelize_module(model, mesh["tp"], ends)
     if strategy() == "fsdp":
         replicas_and_shards = mesh["dp"]
     else:

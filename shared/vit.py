@@ -60,7 +60,10 @@ class DropPathLayer(ViTLayer):
         if not self.training or self.rate == 0 or sample_seeds is None:
             return branch
         keep = uniform(sample_seeds, 2 * self.number + which) >= self.rate
-        return branch * (keep / (1 - self.rate)).to(branch.dtype)[:, None, None]
+        scale = (keep / (1 - self.rate)).to(branch.dtype)[:, None, None]
+        if isinstance(branch, DTensor):  # split by tokens, while each process has the scale of every sample
+            scale = DTensor.from_local(scale, branch.device_mesh, [Replicate()] * branch.device_mesh.ndim)
+        return branch * scale
 
 
 class VisionTransformer(ViTForImageClassification):
