@@ -81,6 +81,27 @@ class VisionTransformer(ViTForImageClassification):
         return self.classifier(self.vit.layernorm(hidden_states)[:, 0])
 
 
+class Stage(nn.Module):
+    """The consecutive blocks of one pipeline stage, under the whole network's parameter names."""
+
+    def __init__(self, model: VisionTransformer, number: int, stages: int):
+        super().__init__()
+        blocks = len(model.vit.layers)
+        mine = range(blocks * number // stages, blocks * (number + 1) // stages)
+        self.vit = nn.Module()
+        self.vit.embeddings = model.vit.embeddings if number == 0 else None
+        self.vit.layers = nn.ModuleDict({str(block): model.vit.layers[block] for block in mine})
+        self.vit.layernorm = model.vit.layernorm if number == stages - 1 else None
+        self.classifier = model.classifier if number == stages - 1 else None
+
+    def forward(self, x: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) or the former stage's (B, tokens, width), to the next one's or to logits."""
+        x = x if self.vit.embeddings is None else self.vit.embeddings(x)
+        for layer in self.vit.layers.values():
+            x = layer(x, None, sample_seeds)
+        return x if self.classifier is None else self.classifier(self.vit.layernorm(x)[:, 0])
+
+
 def uniform(seeds: Tensor, stream: int) -> Tensor:
     """One float32 in [0, 1) for each int64 seed and stream: splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     bits = seeds + _signed(hash64(stream))

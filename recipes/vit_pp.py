@@ -1,0 +1,243 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, on one mesh with data parallelism.
+
+Base: vit.py. Changes: parallelize, step, from_last, clip_grad_norm, train_one_epoch, evaluate, check_sizes, main.
+
+    L="accelerate launch --config_file accelerate_configs/local_pp.yaml"
+    $L recipes/vit_pp.py                                            # two stages, one a process
+    $L --num_processes 8 recipes/vit_pp.py --model L --pipeline_parallel_size 4       # a node: 4 stages x 2 replicas
+    $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 16 \
+        recipes/vit_pp.py --model G --pipeline_parallel_size 4                        # on each of four nodes
+
+Only activations at the cuts are sent, so stages may lie on different nodes. p stages idle for (p - 1) / (m + p - 1) of
+a step of m chunks; GPipe keeps the activations of m chunks, 1F1B of at most p. The run ends with both, measured.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import distributed
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, UserError, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.pipeline import MeasuredStage, stage_table
+from shared.tracking import Run
+from shared.vit import (
+    Stage,
+    VisionTransformer,
+    find_pretrained,
+    init_weights,
+    load_pretrained,
+    network_sizes,
+    pixel_statistics,
+    vit_config,
+)
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
+    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=60, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
+    pipeline_parallel_size: int = HfArg(default=2, help="stages, one a process")
+    pipeline_schedule: Literal["gpipe", "1f1b"] = HfArg(
+        default="1f1b", help="order of the chunks' forward and backward"
+    )
+    pipeline_chunks: int = HfArg(
+        default=8, help="parts of a process's batch that follow each other through the stages"
+    )
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
+    rank, size = data_parallel(accelerator)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers, statistics=statistics)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes, seed):
+    """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
+    if config.pretrained:
+        folder = find_pretrained(config.pretrained)
+        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+    else:
+        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        with torch.device("meta"):
+            model = VisionTransformer(sizes)
+        init_weights(model.to_empty(device="cpu"), seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """AdamW, and its learning rate as a function of the global step."""
+    groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
+    # fused: one pass over weights, gradients and both moments instead of one for each operation.
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
+
+
+def parallelize(accelerator, model, config):
+    """This process's stage, replicated over `dp`, and the schedule that runs it."""
+    stages, number = config.pipeline_parallel_size, accelerator.mesh.get_local_rank("pp")
+    part = Stage(model, number, stages).to(accelerator.device)
+    part.forward = accelerator.autocast()(part.forward)
+    if data_parallel(accelerator)[1] > 1:
+        part = DistributedDataParallel(part, process_group=accelerator.mesh["dp"].get_group())
+    # Each chunk's mean is one of chunks x accumulation steps: their gradients add up to the batch's.
+    share = 1 / (config.pipeline_chunks * config.gradient_accumulation_steps)
+
+    def loss(logits, labels):
+        return cross_entropy(logits, labels, label_smoothing=config.label_smoothing) * share
+
+    group = accelerator.mesh["pp"].get_group()
+    stage = MeasuredStage(part, number, stages, accelerator.device, group=group)
+    schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[config.pipeline_schedule]
+    return part, stage, schedule(stage, config.pipeline_chunks, loss, scale_grads=False)
+
+
+def step(accelerator, stage, schedule, batch, config):
+    """Forward and backward of all chunks of one batch; its mean loss, on every stage."""
+    images = (batch.images,) if stage.is_first else ()
+    target, losses = (batch.labels, []) if stage.is_last else (None, None)
+    schedule.step(*images, target=target, losses=losses, return_outputs=False, sample_seeds=batch.seeds)
+    total = sum(part.detach() for part in losses) if losses else torch.zeros((), device=accelerator.device)
+    return from_last(accelerator, total) * config.gradient_accumulation_steps
+
+
+def from_last(accelerator, tensor):
+    """The last stage's values of this tensor, on every stage."""
+    group = accelerator.mesh["pp"].get_group()
+    distributed.broadcast(tensor, group_src=group.size() - 1, group=group)
+    return tensor
+
+
+def clip_grad_norm(accelerator, model, max_norm):
+    """Scale the gradients by their norm over all stages; returns the norm."""
+    square = get_total_norm([parameter.grad for parameter in model.parameters()]) ** 2
+    distributed.all_reduce(square, group=accelerator.mesh["pp"].get_group())
+    clip_grads_with_norm_(model.parameters(), max_norm, square.sqrt())
+    return square.sqrt()
+
+
+def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(), stage.measure(run.will_log):
+            loss = step(accelerator, stage, schedule, batch, config)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, stage, schedule, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    shape = loader.order.batch_size, len(loader.dataset.source.classes)
+    for batch in loader:
+        images, target = ((batch.images,) if stage.is_first else ()), (batch.labels if stage.is_last else None)
+        logits = schedule.eval(*images, target=target)
+        logits = logits.float() if stage.is_last else torch.empty(shape, device=accelerator.device)
+        evaluation.add(from_last(accelerator, logits), batch.labels, batch.valid)
+        run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def check_sizes(config):
+    """Refuse what cannot be cut."""
+    blocks, stages, chunks = network_sizes(config)[0], config.pipeline_parallel_size, config.pipeline_chunks
+    if stages > blocks:
+        raise UserError(f"--pipeline_parallel_size {stages} exceeds the {blocks} blocks. Give {blocks} or less.")
+    if config.pipeline_schedule == "1f1b" and chunks < stages:
+        raise UserError(f"--pipeline_chunks {chunks} are fewer than the {stages} stages. Give {stages} or more.")
+    if mixed_precision() == "fp16":
+        raise UserError("fp16's loss scale is not shared among stages. Set mixed_precision to bf16 or no.")
+
+
+def main(run_config, config):
+    check_sizes(config)
+    accelerator = build_accelerator(run_config.seed, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes), run_config.seed)
+        model, stage, schedule = parallelize(accelerator, model, config)
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, stage, schedule, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, stage, schedule, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+        run.say(stage_table(accelerator, stage, config.pipeline_schedule, config.pipeline_chunks))
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))
