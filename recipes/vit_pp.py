@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, on one mesh with data parallelism.
+"""Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, times data parallelism.
 
 Base: vit.py. Changes: parallelize, step, from_last, clip_grad_norm, train_one_epoch, evaluate, check_sizes, main.
 
@@ -172,8 +172,9 @@ def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, sche
     model.train()
     grad_norm = None
     for batch in loader.starting_at(run.step):
-        with accelerator.accumulate(), stage.measure(run.will_log):
-            loss = step(accelerator, stage, schedule, batch, config)
+        with accelerator.accumulate():
+            with stage.measure(run.will_log):
+                loss = step(accelerator, stage, schedule, batch, config)
             # The norm takes two passes over the gradients: only where it clips or is logged.
             if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm or float("inf"))

@@ -6,15 +6,14 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Split every block of a Vision Transformer over several GPUs: tensor parallelism with DTensor, on one device mesh with
-data parallelism or FSDP2.
+"""Split every block of a Vision Transformer over several GPUs: tensor parallelism by DTensor, times DDP or FSDP2.
 
 Base: vit.py. Changes: block_plan, parallelize, check_sizes, main.
 
     L="accelerate launch --config_file accelerate_configs"
     $L/local_tp.yaml recipes/vit_tp.py                              # tensor parallel over two processes
-    $L/local_tp.yaml --num_processes 8 recipes/vit_tp.py            # a node: 2 (tensor) x 4 (data parallel, replicated)
-    $L/local_fsdp.yaml --num_processes 8 recipes/vit_tp.py --model G --tensor_parallel_size 4   # x FSDP2 over the rest
+    $L/local_tp.yaml --num_processes 8 recipes/vit_tp.py            # a node: 2 (tensor) x 4 (data parallel)
+    $L/local_fsdp.yaml --num_processes 8 recipes/vit_tp.py --model G --tensor_parallel_size 4   # times FSDP2 of 2
     $L/local_fsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
         --num_processes 32 recipes/vit_tp.py --model G --tensor_parallel_size 8                 # on each of four nodes
 
@@ -40,7 +39,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, strategy
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision, strategy
 from shared.checkpoint import load_checkpoint, save_checkpoint
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
@@ -65,18 +64,18 @@ class Config:
     """The hyper-parameters; the defaults are the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
-    patch_size: int = HfArg(default=4, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
     pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
     image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.05")
+    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
     horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
     eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
-    epochs: int = HfArg(default=40, help="passes over the training images")
+    epochs: int = HfArg(default=60, help="passes over the training images")
     global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=1e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
     warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: float = HfArg(default=0.05, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
     max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
     drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
@@ -151,11 +150,12 @@ def block_plan(sequence_parallel):
 
 
 def parallelize(accelerator, model, config):
-    """Tensor parallel within `tp`, then over `dp` sharded (fsdp) or replicated (ddp): FSDP2 with shards of one process.
+    """Tensor parallel within `tp`, then over `dp` sharded (fsdp) or replicated (ddp, as FSDP2 with shards of one).
 
-    Accelerate refuses or breaks these pairs, so torch is called on its mesh.
+    Accelerate refuses or breaks these pairs, so torch is called on a mesh of the same processes.
     """
-    mesh = accelerator.mesh
+    sizes = (data_parallel(accelerator)[1], 1, config.tensor_parallel_size)
+    mesh = init_device_mesh(accelerator.device.type, sizes, mesh_dim_names=("dp", "one", "tp"))
     for block in model.vit.layers:
         parallelize_module(block, mesh["tp"], block_plan(config.sequence_parallel))
     if config.sequence_parallel:
@@ -163,19 +163,12 @@ def parallelize(accelerator, model, config):
         whole = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True)
         ends = {"vit.embeddings": PrepareModuleOutput(**layouts), "vit.layernorm": whole}
         parallelize_module(model, mesh["tp"], ends)
-    if strategy() == "fsdp":
-        replicas_and_shards = mesh["dp"]
-    else:
-        sizes = (mesh["dp"].size(), 1, mesh["tp"].size())
-        replicas_and_shards = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("dp", "one", "tp"))[
-            "dp", "one"
-        ]
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     for part in (*model.vit.layers, model):
         if config.compile and part is not model:
             part.compile()
-        fully_shard(part, mesh=replicas_and_shards, mp_policy=policy)
+        fully_shard(part, mesh=mesh["dp"] if strategy() == "fsdp" else mesh["dp", "one"], mp_policy=policy)
     return model.to(accelerator.device)
 
 
@@ -224,6 +217,8 @@ def check_sizes(config):
                 f"--tensor_parallel_size {config.tensor_parallel_size} does not divide the {size} {what}. "
                 "Give a divisor, or another --model."
             )
+    if mixed_precision() == "fp16":
+        raise UserError("fp16's loss scale is not shared among tensor shards. Set mixed_precision to bf16 or no.")
 
 
 def main(run_config, config):

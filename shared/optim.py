@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, no_decay: tuple[str,
     groups = {weight_decay: [], 0.0: []} if weight_decay else {0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(no_decay)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 shows a shard, of another shape
+            decays = len(shape) > 1 and not name.endswith(no_decay)
             groups[weight_decay if decays else 0.0].append(parameter)
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 

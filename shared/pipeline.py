@@ -20,7 +20,7 @@ class MeasuredStage(PipelineStage):
 
     @contextlib.contextmanager
     def measure(self, wanted: bool) -> Iterator[None]:
-        """Around one call of the schedule and its optimizer step."""
+        """Around one call of the schedule."""
         self.measuring, self.busy, self.most_waiting, begin = wanted, 0.0, 0, time.perf_counter()
         yield
         if wanted:

@@ -45,21 +45,23 @@ class DropPathLayer(ViTLayer):
 
     def __init__(self, config: ViTConfig, number: int):
         super().__init__(config)
-        self.number, self.rate = number, config.drop_path * number / max(1, config.num_hidden_layers - 1)
+        self.rate = config.drop_path * number / max(1, config.num_hidden_layers - 1)
+        # One stream of random numbers for each branch.
+        self.streams = [_signed(hash64(2 * number + branch)) for branch in range(2)]
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, sample_seeds: Tensor | None = None
     ) -> Tensor:
         """hidden_states (B, tokens, width), sample_seeds (B,) int64 or None."""
         attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask)
-        hidden_states = hidden_states + self._drop(attended, sample_seeds, 0)
+        hidden_states = hidden_states + self._drop(attended, sample_seeds, self.streams[0])
         changed = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self._drop(changed, sample_seeds, 1)
+        return hidden_states + self._drop(changed, sample_seeds, self.streams[1])
 
-    def _drop(self, branch: Tensor, sample_seeds: Tensor | None, which: int) -> Tensor:
+    def _drop(self, branch: Tensor, sample_seeds: Tensor | None, stream: int) -> Tensor:
         if not self.training or self.rate == 0 or sample_seeds is None:
             return branch
-        keep = uniform(sample_seeds, 2 * self.number + which) >= self.rate
+        keep = uniform(sample_seeds, stream) >= self.rate
         scale = (keep / (1 - self.rate)).to(branch.dtype)[:, None, None]
         if isinstance(branch, DTensor):  # split by tokens, while each process has the scale of every sample
             scale = DTensor.from_local(scale, branch.device_mesh, [Replicate()] * branch.device_mesh.ndim)
@@ -103,8 +105,8 @@ class Stage(nn.Module):
 
 
 def uniform(seeds: Tensor, stream: int) -> Tensor:
-    """One float32 in [0, 1) for each int64 seed and stream: splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
-    bits = seeds + _signed(hash64(stream))
+    """A float32 in [0, 1) for each int64 seed, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
+    bits = seeds + stream
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         # Masked, since >> of a signed number copies its sign.
         bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * _signed(factor)

@@ -1,0 +1,193 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Shard a Vision Transformer by FSDP2 in code: weights that exist only in shards, and what a YAML cannot choose.
+
+Base: vit.py. Changes: build_model, parallelize, main.
+
+    L="accelerate launch --config_file accelerate_configs"
+    $L/local_fsdp.yaml recipes/vit_fsdp.py                                            # two processes
+    $L/local_fsdp.yaml --num_processes 8 recipes/vit_fsdp.py --model G                # a node
+    $L/local_hsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
+        --num_processes 32 --parallelism_config_dp_replicate_size 4 recipes/vit_fsdp.py --model G   # on each of four
+
+vit.py under the same YAMLs builds the whole network in every process, and reduces gradients in the half precision of
+the weights; here it is built without memory, filled shard by shard, and gradients are reduced in fp32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.functional import cross_entropy
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+from shared.vit import VisionTransformer, find_pretrained, init_weights, load_pretrained, pixel_statistics, vit_config
+
+STRATEGIES = ("fsdp", "hsdp")
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
+    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=60, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
+    compile: bool = HfArg(default=False, help="torch.compile each block")
+    reshard_after_forward: bool = HfArg(default=True, help="drop a block's weights until its backward: less memory")
+    prefetch: int = HfArg(default=1, help="blocks whose weights are gathered ahead; 0 leaves it to FSDP2")
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
+    rank, size = data_parallel(accelerator)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers, statistics=statistics)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes, seed):
+    """The network without memory, on the meta device; or the pretrained one on the CPU."""
+    if config.pretrained:
+        folder = find_pretrained(config.pretrained)
+        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+    else:
+        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        with torch.device("meta"):
+            model = VisionTransformer(sizes)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """AdamW, and its learning rate as a function of the global step."""
+    groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
+    # fused: one pass over weights, gradients and both moments instead of one for each operation.
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
+
+
+def parallelize(accelerator, model, config, seed):
+    """A unit for each block, and one for embeddings and head; then memory and weights for this process's shards."""
+    if accelerator.parallelism_config:  # hsdp: sharded within a replica, replicated over them
+        mesh = accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    else:
+        mesh = accelerator.mesh["dp"]
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    blocks = list(model.vit.layers)
+    for block in blocks:
+        if config.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    # The root's weights are needed first in the forward and last in the backward: kept in between.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for number, block in enumerate(blocks if config.prefetch else []):
+        block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + config.prefetch])
+        block.set_modules_to_backward_prefetch(blocks[max(0, number - config.prefetch) : number][::-1])
+    if not config.pretrained:
+        init_weights(model.to_empty(device=accelerator.device), seed)
+    return model
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images, batch.seeds)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes), run_config.seed)
+        model = parallelize(accelerator, model, config, run_config.seed)
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))

@@ -1,0 +1,212 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard",
+#   "deepspeed; sys_platform == 'linux'",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Train a Vision Transformer by DeepSpeed's ZeRO: weights only in shards, offload, and one whole file at the end.
+
+Base: vit.py. Changes: build_model, fill, build_optimizer, export, main.
+
+    L="accelerate launch --config_file accelerate_configs"
+    $L/local_zero1.yaml recipes/vit_zero.py                                           # or zero2, zero3
+    $L/local_zero3_offload.yaml recipes/vit_zero.py --model L                         # more than a GPU holds
+    $L/local_zero3.yaml --num_processes 8 recipes/vit_zero.py --model G               # a node
+    $L/local_zero3.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
+        --num_processes 32 recipes/vit_zero.py --model G                              # on each of four nodes
+
+vit.py under the same YAMLs builds the whole network in every process first. Here ZeRO-3 cuts each weight as it is
+made, offload takes DeepSpeed's own Adam, and the run ends with <run's folder>/pretrained, put together from the last
+checkpoint's shards: a folder for transformers, and for --pretrained of every recipe.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import ViTForImageClassification
+from transformers.hf_argparser import HfArg
+from transformers.initialization import no_init_weights
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, strategy
+from shared.checkpoint import ZERO, load_checkpoint, save_checkpoint
+from shared.config import RunConfig, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+from shared.vit import VisionTransformer, find_pretrained, initial_value, load_pretrained, pixel_statistics, vit_config
+
+STRATEGIES = ("zero1", "zero2", "zero3")
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
+    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=60, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
+    compile: bool = HfArg(default=False, help="torch.compile each block")
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
+    rank, size = data_parallel(accelerator)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers, statistics=statistics)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(accelerator, config, num_classes, seed):
+    """The network on the CPU; under ZeRO-3 each process makes its shard of every weight and no more."""
+    import deepspeed
+
+    if config.pretrained:
+        folder = find_pretrained(config.pretrained)
+        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+    else:
+        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=strategy() == "zero3"), no_init_weights():
+            model = VisionTransformer(sizes)
+        fill(accelerator, model, seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def fill(accelerator, model, seed):
+    """Gather each weight in turn, write it on rank 0, and cut it again."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        cut = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=cut):
+            if accelerator.is_main_process or not cut:
+                parameter.data.copy_(initial_value(name, parameter.shape, seed))
+
+
+def build_optimizer(accelerator, model, config, steps_per_epoch):
+    """AdamW, on the CPU where the YAML offloads it, and its learning rate as a function of the global step."""
+    groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
+    if accelerator.state.deepspeed_plugin.offload_optimizer_device == "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, config.learning_rate, adamw_mode=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
+
+
+def parallelize(accelerator, model, optimizer, config):
+    """Device, precision, replicas and shards are the YAML's: `prepare` applies them."""
+    if config.compile:
+        for block in model.vit.layers:
+            block.compile()
+    return accelerator.prepare(model, optimizer)
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images, batch.seeds)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def export(model, checkpoint, folder):
+    """Put the checkpoint's shards together in fp32, on one process without a GPU, in transformers' format."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ZERO)
+    with torch.device("meta"):
+        whole = ViTForImageClassification(model.module.config)
+    whole.load_state_dict(weights, assign=True)
+    whole.save_pretrained(folder)
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(accelerator, config, len(classes), run_config.seed)
+        optimizer, scheduler = build_optimizer(accelerator, model, config, steps_per_epoch)
+        model, optimizer = parallelize(accelerator, model, optimizer, config)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                checkpoint = save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+        if accelerator.is_main_process:
+            export(model, checkpoint, run.folder / "pretrained")
+        run.say(f"whole weights: {run.folder / 'pretrained'}")
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))
