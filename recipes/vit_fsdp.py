@@ -94,8 +94,8 @@ def build_model(config, num_classes, seed):
         sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
         with torch.device("meta"):
             model = VisionTransformer(sizes)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.vit.layers:
+        block.recompute = config.activation_checkpointing
     return model
 
 

@@ -113,8 +113,8 @@ def build_model(config, num_classes, seed):
         with torch.device("meta"):
             model = VisionTransformer(sizes)
         init_weights(model.to_empty(device="cpu"), seed)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.vit.layers:
+        block.recompute = config.activation_checkpointing
     return model
 
 

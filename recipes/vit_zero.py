@@ -100,8 +100,8 @@ def build_model(accelerator, config, num_classes, seed):
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=strategy() == "zero3"), no_init_weights():
             model = VisionTransformer(sizes)
         fill(accelerator, model, seed)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.vit.layers:
+        block.recompute = config.activation_checkpointing
     return model
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import interpolate
+from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
@@ -41,7 +42,11 @@ class DropPathLayer(ViTLayer):
 
     Which ones is a function of the sample's augmentation seed, so of run seed, epoch and sample, and of the block: not
     of the process that holds the sample, nor of how often the forward is computed.
+
+    `recompute`: keep a block's input alone and compute it again in the backward (activation checkpointing).
     """
+
+    recompute = False
 
     def __init__(self, config: ViTConfig, number: int):
         super().__init__(config)
@@ -53,7 +58,15 @@ class DropPathLayer(ViTLayer):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, sample_seeds: Tensor | None = None
     ) -> Tensor:
         """hidden_states (B, tokens, width), sample_seeds (B,) int64 or None."""
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask)
+        if self.recompute and self.training:
+            # Nothing in it draws from a random state that would have to be put back.
+            return checkpoint(
+                self._branches, hidden_states, sample_seeds, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._branches(hidden_states, sample_seeds)
+
+    def _branches(self, hidden_states: Tensor, sample_seeds: Tensor | None) -> Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), None)
         hidden_states = hidden_states + self._drop(attended, sample_seeds, self.streams[0])
         changed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self._drop(changed, sample_seeds, self.streams[1])

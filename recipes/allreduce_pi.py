@@ -1,0 +1,51 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.8", "accelerate>=1.15", "transformers>=5.17", "numpy>=2"]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""The first collective: each process sums its share of an integral, one all-reduce gives every process the whole, pi.
+
+Base: none.
+
+    python recipes/allreduce_pi.py
+    accelerate launch --config_file accelerate_configs/local_ddp.yaml --num_processes 4 recipes/allreduce_pi.py
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator
+from shared.config import UserError, parse
+
+MOST = 10**8  # intervals: 8 bytes each, in four arrays, on one process
+
+
+@dataclass
+class Config:
+    """What is computed."""
+
+    intervals: int = HfArg(default=1_000_000, help="rectangles under the curve, over all processes")
+    gradient_accumulation_steps = 1  # no flag: build_accelerator wants to know, and nothing is trained here
+
+
+def main(config):
+    if not 1 <= config.intervals <= MOST:
+        raise UserError(f"--intervals {config.intervals} is out of range. Give a value from 1 to {MOST}.")
+    accelerator = build_accelerator(0, config)
+    count, rank, world = config.intervals, accelerator.process_index, accelerator.num_processes
+    # pi is the integral of 4 / (1 + x^2) from 0 to 1; the middle of each interval stands for the whole of it.
+    share = torch.arange(count * rank // world, count * (rank + 1) // world, device=accelerator.device)
+    x = (share.double() + 0.5) / count
+    pi = (4 / (1 + x * x)).sum() / count
+    if world > 1:
+        torch.distributed.all_reduce(pi)  # in: a term on each process; out: the sum, on every process
+    accelerator.print(f"pi = {pi.item():.15f}, wrong by {abs(pi.item() - math.pi):.1e}: {count} intervals / {world}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(Config))

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 1 under every way to split the Vision Transformer: one loss curve, the same final weights, the same names.
+
+Twenty steps of the demonstration's network in fp32, with clipping and stochastic depth at work.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, Result, python, train
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import ViTConfig, ViTForImageClassification
+
+STEPS = ["--epochs", "2", "--warmup_epochs", "0.2", "--drop_path", "0.2", "--logging_steps", "1", "--num_workers", "1"]
+QUIET = ["--report_to", "none"]
+
+# name: recipe, topology, processes, the recipe's flags, the launcher's flags
+CASES = {
+    "accumulation 4": ("vit", "ddp", 1, ["--gradient_accumulation_steps", "4"]),
+    "ddp 2": ("vit", "ddp", 2, []),
+    "ddp 4": ("vit", "ddp", 4, []),
+    "fsdp 2": ("vit", "fsdp", 2, []),
+    "fsdp 4": ("vit", "fsdp", 4, ["--activation_checkpointing"]),
+    "hsdp 2x2": ("vit", "hsdp", 4, []),
+    "zero1 2": ("vit", "zero1", 2, []),
+    "zero2 2, accumulation 2": ("vit", "zero2", 2, ["--gradient_accumulation_steps", "2"]),
+    "zero3 2": ("vit", "zero3", 2, []),
+    "zero3 2, offload": ("vit", "zero3_offload", 2, []),
+    "vit_fsdp 2": ("vit_fsdp", "fsdp", 2, ["--prefetch", "2"]),
+    "vit_fsdp 2x2": ("vit_fsdp", "hsdp", 4, ["--reshard_after_forward", "False"]),
+    "vit_zero 2": ("vit_zero", "zero3", 2, []),
+    "vit_zero 2, offload": ("vit_zero", "zero3_offload", 2, []),
+    "tp 2": ("vit_tp", "tp", 2, []),
+    "tp 2, by tokens": ("vit_tp", "tp", 2, ["--sequence_parallel"]),
+    "tp 2 x ddp 2": ("vit_tp", "tp", 4, []),
+    "tp 2 x fsdp 2": ("vit_tp", "fsdp", 4, []),
+    "pp 2, gpipe": ("vit_pp", "pp", 2, ["--pipeline_schedule", "gpipe", "--gradient_accumulation_steps", "2"]),
+    "pp 2, 1f1b": ("vit_pp", "pp", 2, []),
+    "pp 2 x ddp 2": ("vit_pp", "pp", 4, ["--pipeline_chunks", "4"]),
+}
+# Strategies whose checkpoints have a form of their own: stopped at step 10 and started again.
+RESUMED = {"fsdp 2", "zero3 2", "zero2 2, accumulation 2", "tp 2 x fsdp 2", "pp 2, 1f1b", "vit_fsdp 2x2"}
+
+
+def run(
+    folder: Path, recipe: str, topology: str, processes: int, flags: list[str], steps: int = 20, **launch
+) -> Result:
+    limit = ["--max_steps", str(steps)]
+    path = ROOT / "recipes" / f"{recipe}.py"
+    launch = {"num_processes": processes, "config_file": f"local_{topology}.yaml"} | launch
+    return train(folder, *STEPS, *QUIET, *limit, *flags, recipe=path, **launch)
+
+
+def weights(result: Result) -> dict[str, torch.Tensor]:
+    """Name -> whole tensor of the newest checkpoint, whoever wrote its parts."""
+    path = sorted((result.folder / "checkpoints").iterdir())[-1]
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size) for name, entry in entries.items() if name.startswith("model.")}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def single(runs) -> Result:
+    return run(runs / "vit-single", "vit", "ddp", 1, [])
+
+
+def test_the_reference_learns_and_clips(single):
+    losses, norms = np.array(single.series("loss")), np.array(single.series("grad_norm"))
+    assert losses[-5:].mean() < losses[:5].mean() - 0.05
+    assert (norms > 1).sum() > 5  # --max_grad_norm 1 is at work
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_strategy_has_the_curve_and_the_weights_of_one_process(runs, single, name):
+    recipe, topology, processes, flags = CASES[name]
+    folder = runs / name.replace(" ", "-").replace(",", "")
+    if name in RESUMED:
+        run(folder, recipe, topology, processes, flags, steps=10)
+    result = run(folder, recipe, topology, processes, flags)
+    assert ("resumed at step 10" in result.text) == (name in RESUMED)
+    assert result.series("samples_digest") == single.series("samples_digest")
+    assert result.series("learning_rate") == single.series("learning_rate")
+    reference = np.array(single.series("loss"))
+    np.testing.assert_allclose(result.series("loss")[:5], reference[:5], rtol=1e-5)
+    np.testing.assert_allclose(result.series("loss"), reference, rtol=1e-4)
+    np.testing.assert_allclose(result.series("grad_norm"), single.series("grad_norm"), rtol=1e-3)
+    assert result.lines[-1]["accuracy"] == pytest.approx(single.lines[-1]["accuracy"], abs=1.5 / 360)
+    assert result.lines[-1]["eval_samples"] == 360
+    same_weights(weights(result), weights(single))
+    assert result.summary["world_size"] == processes
+
+
+def same_weights(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Within 1e-4, by name. A key projection's bias has no gradient but rounding's, which Adam scales up to a step."""
+    assert set(ours) == set(reference)
+    for name, tensor in reference.items():
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+def test_names_are_those_of_the_plain_model(single):
+    config = ViTConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384)
+    with torch.device("meta"):
+        plain = ViTForImageClassification(config)
+    assert set(weights(single)) == set(plain.state_dict())
+
+
+def test_zero_ends_with_a_folder_for_transformers(runs, single):
+    folder = runs / "vit_zero-2" / "pretrained"
+    assert folder.exists(), "made by the case `vit_zero 2`"
+    model = ViTForImageClassification.from_pretrained(folder)
+    same_weights(dict(model.state_dict()), weights(single))
+
+
+def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(runs):
+    """Activations of min(m, p - s) chunks wait in stage s under 1f1b."""
+    result = run(runs / "pp-report", "vit_pp", "pp", 2, ["--pipeline_chunks", "8"], steps=2)
+    rows = [line.split() for line in result.text.splitlines() if line.strip().startswith(("0  ", "1  "))]
+    assert len(rows) == 2
+    for row in rows:
+        idle, theory, kept, kept_in_theory = row[2], row[3], float(row[4]), float(row[5].strip("()"))
+        assert 0 < float(idle.rstrip("%")) < 100
+        assert theory == "(11.1%)"  # (2 - 1) / (8 + 2 - 1)
+        assert kept == pytest.approx(kept_in_theory, rel=0.05)
+    assert float(rows[0][4]) > 1.5 * float(rows[1][4])
+
+
+# bf16: weights in fp32, products in bf16 (8 bits of mantissa: 4e-3), under policies that round in other places
+
+HALF = {
+    "fsdp 2": ("vit", "fsdp", 2),
+    "vit_fsdp 2": ("vit_fsdp", "fsdp", 2),
+    "zero2 2": ("vit", "zero2", 2),
+    "tp 2 x fsdp 2": ("vit_tp", "fsdp", 4),
+    "pp 2": ("vit_pp", "pp", 2),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bf16_stays_within_its_rounding(runs, single, name):
+    recipe, topology, processes = HALF[name]
+    folder = runs / f"bf16-{name.replace(' ', '-')}"
+    result = run(folder, recipe, topology, processes, [], steps=12, mixed_precision="bf16")
+    losses, reference = np.array(result.series("loss")), np.array(single.series("loss")[:12])
+    assert not np.array_equal(losses, reference)
+    np.testing.assert_allclose(losses, reference, rtol=2e-2)
+    assert result.config["identity"]["mixed_precision"] == "bf16"
+
+
+# Fine-tuning: a network of seven classes on larger images becomes one of ten digits
+
+
+@pytest.fixture(scope="module")
+def pretrained(runs) -> Path:
+    folder = runs / "pretrained"
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=48, patch_size=8, num_labels=7)).save_pretrained(folder)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "image_processor_type": "ViTImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(runs, pretrained) -> Result:
+    return run(runs / "tuned", "vit", "ddp", 1, ["--pretrained", str(pretrained)], steps=5)
+
+
+TUNED = {
+    "fsdp 2": ("vit", "fsdp", 2),
+    "zero3 2": ("vit", "zero3", 2),
+    "vit_fsdp 2": ("vit_fsdp", "fsdp", 2),
+    "vit_zero 2": ("vit_zero", "zero3", 2),
+    "tp 2": ("vit_tp", "tp", 2),
+    "pp 2": ("vit_pp", "pp", 2),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_each_strategy_fine_tunes_alike(runs, tuned, pretrained, name):
+    recipe, topology, processes = TUNED[name]
+    folder = runs / f"tuned-{name.replace(' ', '-')}"
+    result = run(folder, recipe, topology, processes, ["--pretrained", str(pretrained)], steps=5)
+    np.testing.assert_allclose(result.series("loss"), tuned.series("loss"), rtol=1e-5)
+    assert weights(result)["vit.embeddings.position_embeddings"].shape == (1, 17, 64)
+
+
+def test_a_pretrained_network_is_looked_for_in_dsdir_too(runs, pretrained, tuned, monkeypatch, tmp_path):
+    home = tmp_path / "HuggingFace_Models/lab"
+    home.mkdir(parents=True)
+    (home / "vit").symlink_to(pretrained)
+    monkeypatch.setenv("DSDIR", str(tmp_path))
+    found = run(tmp_path / "run", "vit", "ddp", 1, ["--pretrained", "lab/vit"], steps=2)
+    assert found.series("loss") == tuned.series("loss")[:2]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lost = python(ROOT / "recipes/vit.py", "--pretrained", "lab/other", "--output_dir", tmp_path / "other")
+    assert lost.returncode == 1
+    (error,) = [line for line in lost.stderr.splitlines() if line.startswith("error: ")]
+    assert "lab/other/config.json" in error
+    assert f"{tmp_path}/HuggingFace_Models/lab/other/config.json" in error
+    assert not (tmp_path / "other").exists()
