@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -38,47 +39,47 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 class DropPathLayer(ViTLayer):
-    """A block whose two branches are skipped for some samples (Huang et al., arXiv:1603.09382).
-
-    Which ones is a function of the sample's augmentation seed, so of run seed, epoch and sample, and of the block: not
-    of the process that holds the sample, nor of how often the forward is computed.
+    """A block whose two branches are scaled for each sample: by 0, which skips it, or up (arXiv:1603.09382).
 
     `recompute`: keep a block's input alone and compute it again in the backward (activation checkpointing).
     """
 
     recompute = False
 
-    def __init__(self, config: ViTConfig, number: int):
-        super().__init__(config)
-        self.rate = config.drop_path * number / max(1, config.num_hidden_layers - 1)
-        # One stream of random numbers for each branch.
-        self.streams = [_signed(hash64(2 * number + branch)) for branch in range(2)]
-
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, sample_seeds: Tensor | None = None
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, scales: Tensor | None = None
     ) -> Tensor:
-        """hidden_states (B, tokens, width), sample_seeds (B,) int64 or None."""
+        """hidden_states (B, tokens, width), scales (2, B) or None for 1."""
         if self.recompute and self.training:
             # Nothing in it draws from a random state that would have to be put back.
-            return checkpoint(
-                self._branches, hidden_states, sample_seeds, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._branches(hidden_states, sample_seeds)
+            return checkpoint(self._branches, hidden_states, scales, use_reentrant=False, preserve_rng_state=False)
+        return self._branches(hidden_states, scales)
 
-    def _branches(self, hidden_states: Tensor, sample_seeds: Tensor | None) -> Tensor:
+    def _branches(self, hidden_states: Tensor, scales: Tensor | None) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), None)
-        hidden_states = hidden_states + self._drop(attended, sample_seeds, self.streams[0])
+        hidden_states = hidden_states + (attended if scales is None else _scaled(attended, scales[0]))
         changed = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self._drop(changed, sample_seeds, self.streams[1])
+        return hidden_states + (changed if scales is None else _scaled(changed, scales[1]))
 
-    def _drop(self, branch: Tensor, sample_seeds: Tensor | None, stream: int) -> Tensor:
-        if not self.training or self.rate == 0 or sample_seeds is None:
-            return branch
-        keep = uniform(sample_seeds, stream) >= self.rate
-        scale = (keep / (1 - self.rate)).to(branch.dtype)[:, None, None]
-        if isinstance(branch, DTensor):  # split by tokens, while each process has the scale of every sample
-            scale = DTensor.from_local(scale, branch.device_mesh, [Replicate()] * branch.device_mesh.ndim)
-        return branch * scale
+
+def _scaled(branch: Tensor, scale: Tensor) -> Tensor:
+    scale = scale.to(branch.dtype)[:, None, None]
+    if isinstance(branch, DTensor):  # split by tokens, while each process has the scale of every sample
+        scale = DTensor.from_local(scale, branch.device_mesh, [Replicate()] * branch.device_mesh.ndim)
+    return branch * scale
+
+
+def drop_path_scales(sample_seeds: Tensor, blocks: int, drop_path: float) -> Tensor:
+    """(blocks, 2, B): 0 for the branches that a sample skips, else what keeps their mean; block i drops at a rate of
+    i / (blocks - 1) of drop_path (Huang et al., arXiv:1603.09382).
+
+    A function of the samples' augmentation seeds (B,) int64, so of run seed, epoch and sample, and of the block: not
+    of the process that holds a sample, nor of how often the forward is computed.
+    """
+    device = sample_seeds.device
+    streams = torch.arange(1, 2 * blocks + 1, device=device).view(blocks, 2, 1) * _signed(0x9E3779B97F4A7C15)
+    rates = torch.linspace(0, drop_path, blocks, device=device).view(blocks, 1, 1)
+    return (uniform(sample_seeds + streams) >= rates) / (1 - rates)
 
 
 class VisionTransformer(ViTForImageClassification):
@@ -86,14 +87,24 @@ class VisionTransformer(ViTForImageClassification):
 
     def __init__(self, config: ViTConfig):
         super().__init__(config)
-        self.vit.layers = nn.ModuleList(DropPathLayer(config, number) for number in range(config.num_hidden_layers))
+        self.vit.layers = nn.ModuleList(DropPathLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) float, sample_seeds (B,) int64: the batch's; without them no branch is dropped."""
-        hidden_states = self.vit.embeddings(images.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype))
-        for layer in self.vit.layers:
-            hidden_states = layer(hidden_states, None, sample_seeds)
-        return self.classifier(self.vit.layernorm(hidden_states)[:, 0])
+        x = self.vit.embeddings(images.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype))
+        x = run_blocks(self, enumerate(self.vit.layers), x, sample_seeds)
+        return self.classifier(self.vit.layernorm(x)[:, 0])
+
+
+def run_blocks(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], x: Tensor, sample_seeds: Tensor | None):
+    """Numbered blocks, one after the other. Their scales are made here, for a number that a block holds as a constant
+    would have torch.compile make another program of each."""
+    config, scales = model.config, None
+    if model.training and config.drop_path and sample_seeds is not None:
+        scales = drop_path_scales(sample_seeds, config.num_hidden_layers, config.drop_path)
+    for number, block in blocks:
+        x = block(x, None, None if scales is None else scales[number])
+    return x
 
 
 class Stage(nn.Module):
@@ -102,6 +113,7 @@ class Stage(nn.Module):
     def __init__(self, model: VisionTransformer, number: int, stages: int):
         super().__init__()
         blocks = len(model.vit.layers)
+        self.config = model.config
         mine = range(blocks * number // stages, blocks * (number + 1) // stages)
         self.vit = nn.Module()
         self.vit.embeddings = model.vit.embeddings if number == 0 else None
@@ -112,14 +124,12 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) or the former stage's (B, tokens, width), to the next one's or to logits."""
         x = x if self.vit.embeddings is None else self.vit.embeddings(x)
-        for layer in self.vit.layers.values():
-            x = layer(x, None, sample_seeds)
+        x = run_blocks(self, ((int(name), block) for name, block in self.vit.layers.items()), x, sample_seeds)
         return x if self.classifier is None else self.classifier(self.vit.layernorm(x)[:, 0])
 
 
-def uniform(seeds: Tensor, stream: int) -> Tensor:
-    """A float32 in [0, 1) for each int64 seed, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
-    bits = seeds + stream
+def uniform(bits: Tensor) -> Tensor:
+    """A float32 in [0, 1) for each int64, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         # Masked, since >> of a signed number copies its sign.
         bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * _signed(factor)

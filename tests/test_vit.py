@@ -12,9 +12,9 @@ from shared.config import UserError
 from shared.data.order import augmentation_seed
 from shared.vit import (
     SIZES,
-    DropPathLayer,
     Stage,
     VisionTransformer,
+    drop_path_scales,
     init_weights,
     load_pretrained,
     pixel_statistics,
@@ -72,8 +72,7 @@ def test_weights_are_a_function_of_seed_and_name():
 
 
 def test_uniforms_are_uniform_and_independent_of_each_other():
-    seeds = torch.arange(100_000)
-    draws = [uniform(seeds, stream) for stream in (1, 2)]
+    draws = [uniform(torch.arange(100_000) + first) for first in (0, 10**12)]
     for draw in draws:
         counts = np.histogram(draw.numpy(), bins=20, range=(0, 1))[0]
         assert abs(counts / 5000 - 1).max() < 0.06
@@ -103,14 +102,19 @@ def test_a_sample_is_dropped_alike_in_any_batch_and_any_forward(batch):
 
 
 def test_branches_are_dropped_at_their_rate_and_keep_their_mean():
-    config = vit_config("demo", 32, 8, 10, drop_path=0.4)
-    assert [DropPathLayer(config, number).rate for number in (0, 5)] == [0, 0.4]
-    layer = DropPathLayer(config, 5).train()
-    seeds = torch.arange(20_000) * 7919
-    kept = layer._drop(torch.ones(20_000, 1, 1), seeds, layer.streams[0]).flatten()
-    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6])
-    assert float(kept.mean()) == pytest.approx(1, abs=0.02)
-    assert torch.equal(layer.eval()._drop(torch.ones(5, 1, 1), seeds[:5], layer.streams[0]), torch.ones(5, 1, 1))
+    scales = drop_path_scales(torch.arange(20_000) * 7919, blocks=3, drop_path=0.4)
+    assert scales.shape == (3, 2, 20_000)
+    for block, rate in enumerate((0, 0.2, 0.4)):
+        for branch in range(2):
+            assert scales[block, branch].unique().tolist() == pytest.approx([0, 1 / (1 - rate)] if rate else [1])
+            assert float(scales[block, branch].mean()) == pytest.approx(1, abs=0.02)
+    both = (scales[2] == 0).float()
+    assert float((both[0] * both[1]).mean()) == pytest.approx(0.16, abs=0.02)  # drawn apart
+
+
+def test_evaluation_drops_nothing(batch):
+    model = network(drop_path=0.5).eval()
+    torch.testing.assert_close(model(*batch), model(batch[0]))
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 6])
@@ -142,6 +146,15 @@ def test_positions_are_interpolated_and_the_head_starts_anew(tmp_path):
     assert pixel_statistics(tmp_path) is None
     with pytest.raises(UserError, match="no multiple of the patch size"):
         load_pretrained(tmp_path, 50, 10, 0.0, seed=0)
+
+
+def test_all_blocks_share_one_compiled_program(batch):
+    model = network(drop_path=0.5).train()
+    expected = model(*batch)
+    for block in model.vit.layers:
+        block.compile()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(model(*batch), expected)
 
 
 def test_blocks_that_are_compiled_one_by_one_train_alike(runs):
