@@ -38,7 +38,15 @@ from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluatio
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
 from shared.tracking import Run
-from shared.vit import VisionTransformer, find_pretrained, init_weights, load_pretrained, pixel_statistics, vit_config
+from shared.vit import (
+    VisionTransformer,
+    find_pretrained,
+    init_weights,
+    load_pretrained,
+    network_sizes,
+    pixel_statistics,
+    vit_config,
+)
 
 STRATEGIES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 
@@ -154,6 +162,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def main(run_config, config):
+    network_sizes(config)  # refuses what is not there or does not fit, before the processes meet
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision, world_size
 from shared.checkpoint import load_checkpoint, save_checkpoint
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
@@ -212,6 +212,9 @@ def check_sizes(config):
         raise UserError(f"--pipeline_parallel_size {stages} exceeds the {blocks} blocks. Give {blocks} or less.")
     if config.pipeline_schedule == "1f1b" and chunks < stages:
         raise UserError(f"--pipeline_chunks {chunks} are fewer than the {stages} stages. Give {stages} or more.")
+    batch = config.global_batch_size * stages // world_size() // config.gradient_accumulation_steps
+    if batch % chunks:
+        raise UserError(f"--pipeline_chunks {chunks} do not divide a stage's batch of {batch}. Give a divisor of it.")
     if mixed_precision() == "fp16":
         raise UserError("fp16's loss scale is not shared among stages. Set mixed_precision to bf16 or no.")
 

@@ -1,7 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
-#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard"]
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard",
+# ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
 """Tensor and data parallelism by hand: two conjugate functions and a few all-reduces cut a Vision Transformer up.
@@ -11,18 +13,22 @@ Base: none.
     L="accelerate launch --config_file accelerate_configs/local_tp.yaml"
     $L recipes/vit_tp_by_hand.py                          # each layer on two processes (TP 2)
     $L --num_processes 4 recipes/vit_tp_by_hand.py        # the same, and two halves of the batch (TP 2 x DP 2)
+    $L recipes/vit_tp_by_hand.py --check                  # each piece against its dense layer, and against DTensor
 
-To learn from, with Megatron-LM's paper (arXiv:1909.08053) beside it; vit_tp.py is the one to train with. The losses
-are those of vit.py. It keeps no checkpoints: a run that was cut off starts anew.
+To learn from, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) beside it; vit_tp.py is the one to train
+with. The losses are those of vit.py. It keeps no checkpoints: a run that was cut off starts anew.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import linear, one_hot
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy, linear, one_hot
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.hf_argparser import HfArg
 
@@ -32,10 +38,10 @@ from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluatio
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
 from shared.tracking import Run
-from shared.vit import VisionTransformer, initial_value, vit_config
+from shared.vit import VisionTransformer, init_weights, initial_value, vit_config
 
 GROUP = {}  # this process's groups "tp" and "dp"; global as in Megatron, since every layer needs them
-COLUMN, ROW = ("q_proj", "k_proj", "v_proj", "fc1", "classifier"), ("o_proj", "fc2")
+TOLERANCE = 1e-5  # of --check, in fp32
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Config:
 
     tensor_parallel_size: int = HfArg(default=2, help="processes that share each layer; such groups share the batch")
     init: Literal["dense", "shards"] = HfArg(default="dense", help="parts of the dense weights, or drawn part by part")
+    check: bool = HfArg(default=False, help="compare each piece with its dense layer instead of training")
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
     image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
@@ -57,8 +64,13 @@ class Config:
     label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
 
 
+# The processes
+
+
 def build_groups(size):
-    """Of 4 processes with size 2: {0, 1} and {2, 3} share layers, {0, 2} and {1, 3} share the batch."""
+    """Of 4 processes with size 2: {0, 1} and {2, 3} share each layer, {0, 2} and {1, 3} share the batch."""
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     world, rank = dist.get_world_size(), dist.get_rank()
     # Making a group is itself a collective: all processes make all groups, in one order.
     tensor_groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
@@ -67,7 +79,7 @@ def build_groups(size):
 
 
 def cut(x, dim, group="tp"):
-    """This rank's part of a whole tensor; parts may differ by one (10 classes on 4 ranks: 3, 3, 2, 2)."""
+    """This rank's part of a whole tensor; parts may differ by one (10 classes on 4 ranks: 3, 3, 2, 2). None: all."""
     return x if dim is None else x.tensor_split(GROUP[group].size(), dim)[GROUP[group].rank()]
 
 
@@ -78,18 +90,31 @@ def all_reduced(x, op=dist.ReduceOp.SUM):
     return x
 
 
+# Tensor parallelism: f, g, and the layers made of them
+
+
 class F(torch.autograd.Function):
     """Megatron's f, where ranks part: each will find a share of the gradient of x, and the backward adds them up."""
 
-    forward = staticmethod(lambda ctx, x: x.view_as(x))
-    backward = staticmethod(lambda ctx, gradient: all_reduced(gradient))
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_reduced(gradient)
 
 
 class G(torch.autograd.Function):
     """Megatron's g, where ranks meet: each has a term x of a sum, whose gradient is that of every one of its terms."""
 
-    forward = staticmethod(lambda ctx, x: all_reduced(x))
-    backward = staticmethod(lambda ctx, gradient: gradient)
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduced(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 def column_linear(layer, x):
@@ -103,21 +128,29 @@ def row_linear(layer, x):
 
 
 def attention(layer, x, mask=None):
-    """The rank's own heads: columns of q, k and v, rows of o. One f for the three of them: the backward sends once."""
+    """The rank's own heads. One f for q, k and v, so that the backward sends one message, as the forward does in o."""
     return type(layer).forward(layer, F.apply(x), mask)
 
 
 def embeddings(layer, images):
-    """The table of positions is cut by rows, as a language model's vocabulary is: whoever has a row looks it up."""
+    """Class token and patches are whole on every rank, the table of positions is cut by rows."""
     tokens = torch.cat([layer.cls_token.expand(len(images), -1, -1), layer.patch_embeddings(images)], dim=1)
-    table, indices = layer.position_embeddings[0], torch.arange(tokens.shape[1], device=tokens.device)
-    local = indices - cut(indices, 0)[0]
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return tokens + parallel_embedding(layer.position_embeddings[0], positions, len(positions))
+
+
+def parallel_embedding(table, indices, length):
+    """Rows of a table of `length` rows that is cut by rows: whoever has one looks it up, the others add 0.
+
+    Made for a vocabulary of 100,000 words; the one table of a vision transformer is that of its positions.
+    """
+    local = indices - cut(torch.arange(length, device=indices.device), 0)[0]
     mine = (local >= 0) & (local < len(table))
-    return tokens + G.apply(table[local.where(mine, 0)] * mine[:, None])
+    return G.apply(table[local.where(mine, 0)] * mine[:, None])
 
 
 def parallel_cross_entropy(logits, labels, classes, label_smoothing):
-    """Mean cross-entropy of logits (B, the rank's own classes): nobody ever holds the whole row."""
+    """Mean cross-entropy of logits (B, the rank's own classes): nobody ever holds a whole row of them."""
     # Less the greatest of all, so that exp cannot overflow; the result does not depend on it, so no gradient either.
     logits = logits.float() - all_reduced(logits.detach().float().amax(1, keepdim=True), dist.ReduceOp.MAX)
     target = cut(one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes, 1)
@@ -125,44 +158,14 @@ def parallel_cross_entropy(logits, labels, classes, label_smoothing):
     return (exponentials.log() - hits).mean()
 
 
-def build_model(config, sizes, seed, device):
-    """shared.vit's network, with the layers above and this rank's parts of its weights."""
-    with torch.device("meta"):  # shapes without memory
-        model = VisionTransformer(sizes)
-    forwards = dict.fromkeys(("fc1", "classifier"), column_linear) | dict.fromkeys(ROW, row_linear)
-    forwards |= {"attention": attention, "embeddings": embeddings}
-    for name, module in model.named_modules():
-        if (last := name.rpartition(".")[2]) in forwards:
-            module.forward = partial(forwards[last], module)
-    for name, whole in list(model.named_parameters()):
-        module, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        part = torch.nn.Parameter(initial_part(name, whole, config.init, seed).to(device, copy=True).contiguous())
-        part.is_cut = cut_dim(name) is not None
-        setattr(module, last, part)
-    return model
-
-
-def cut_dim(name):
-    """Along which dimension the ranks cut a parameter; None: every rank holds it, and finds its whole gradient."""
-    owner, last = name.split(".")[-2:]
-    if owner in COLUMN:
-        return 0
-    return 1 if last == "position_embeddings" or (owner in ROW and last == "weight") else None
-
-
-def initial_part(name, whole, init, seed):
-    dim = cut_dim(name)
-    if init == "dense" or dim is None:
-        return cut(initial_value(name, whole.shape, seed), dim)
-    # Another draw on each rank. Seeded alike, as in the course, the parts start equal, get equal gradients and stay
-    # equal for ever: so many copies of one part. (Ranks of one "dp" group hold the same part, and draw the same.)
-    return initial_value(f"{name}, part {GROUP['tp'].rank()}", cut(whole, dim).shape, seed)
+# Data parallelism
 
 
 class GradientBuckets:
     """DDP by hand: gradients are averaged over the data-parallel group, bucket by bucket, while the backward runs."""
 
     def __init__(self, model, bucket_bytes=2**20):
+        # Not active in the backwards of an accumulation but the last, when the gradients hold the sum.
         self.bucket_bytes, self.active, self.ready, self.sent = bucket_bytes, True, [], []
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self.add)
@@ -171,45 +174,82 @@ class GradientBuckets:
         """Autograd calls this as soon as a gradient is whole: in one order everywhere, since all graphs are alike."""
         if self.active:
             self.ready.append(parameter)
-            if sum(parameter.grad.nbytes for parameter in self.ready) >= self.bucket_bytes:
+            if sum(each.grad.nbytes for each in self.ready) >= self.bucket_bytes:
                 self.send()
 
     def send(self):
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.ready])
+        flat = torch.cat([each.grad.flatten() for each in self.ready])
         self.sent.append((self.ready, flat, dist.all_reduce(flat, group=GROUP["dp"], async_op=True)))
         self.ready = []
 
     def wait(self):
-        """Send what is left; then each gradient becomes a view of its bucket's mean."""
+        """After the backward: send what is left; each gradient becomes a view of its bucket's mean."""
         if self.ready:
             self.send()
         for parameters, flat, work in self.sent:
             work.wait()
-            means = flat.div_(GROUP["dp"].size()).split([parameter.numel() for parameter in parameters])
+            means = flat.div_(GROUP["dp"].size()).split([each.numel() for each in parameters])
             for parameter, mean in zip(parameters, means, strict=True):
                 parameter.grad = mean.view_as(parameter)
         self.sent = []
 
 
 def clip_grad_norm_(model, max_norm):
-    """By the norm of the whole network's gradient: parts add up over the ranks, what all ranks hold counts once."""
-    parts, wholes = ([p.grad for p in model.parameters() if p.is_cut == cut] for cut in (True, False))
+    """By the norm of the whole network's gradient: parts add up over the ranks, what every rank holds counts once."""
+    parts, wholes = ([p.grad for p in model.parameters() if (p.cut_dim is None) == whole] for whole in (False, True))
     norm = (all_reduced(get_total_norm(parts) ** 2) + get_total_norm(wholes) ** 2).sqrt()
     clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
 
+# The network
+
+
+# How a layer computes on its part. What q, k, v and fc1 put out is what o and fc2 take: nothing is sent between them.
+FORWARD = {"attention": attention, "fc1": column_linear, "classifier": column_linear, "embeddings": embeddings}
+FORWARD |= {"o_proj": row_linear, "fc2": row_linear}
+# In which dimension a parameter is cut; what is not named every rank holds whole, and finds its whole gradient.
+CUT = dict.fromkeys([f"{layer}.weight" for layer in ("q_proj", "k_proj", "v_proj", "fc1", "classifier")], 0)
+CUT |= {name.replace("weight", "bias"): 0 for name in CUT}
+CUT |= {"o_proj.weight": 1, "fc2.weight": 1, "embeddings.position_embeddings": 1}
+
+
+def build_model(config, sizes, seed, device):
+    """shared.vit's network with these forwards, and with this rank's parts of its weights."""
+    with torch.device("meta"):  # shapes without memory
+        model = VisionTransformer(sizes)
+    for path, module in model.named_modules():
+        layer = path.rpartition(".")[2]
+        if layer in FORWARD:
+            module.forward = partial(FORWARD[layer], module)
+        for name, whole in list(module.named_parameters(recurse=False)):
+            dim = CUT.get(f"{layer}.{name}")
+            value = cut(initial_value(f"{path}.{name}", whole.shape, seed), dim)
+            if config.init == "shards" and dim is not None:
+                # Not one seed for all ranks, as in the course: parts that start equal get equal gradients and stay
+                # equal for ever, copies of one part. (Ranks of one "dp" group hold the same part, and draw the same.)
+                value = initial_value(f"{path}.{name} {GROUP['tp'].rank()}", value.shape, seed)
+            part = torch.nn.Parameter(value.to(device, copy=True).contiguous())
+            part.cut_dim = dim
+            setattr(module, name, part)
+    return model
+
+
 def build_loaders(accelerator, run_config, config):
-    """Loaders by data-parallel rank: processes that share layers see the same samples."""
-    sources = train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
+    """Loaders by data-parallel rank: the processes that share layers see the same samples."""
+    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
     rank, size = data_parallel(accelerator)
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
-    orders = order, EvaluationOrder(len(held_out), batch_size, rank, size)
-    crop = partial(training_view, min_crop_area=0.8, horizontal_flip=False)
-    views = crop, partial(evaluation_view, eval_crop_ratio=1.0)
-    images = (Views(*pair, config.image_size, run_config.seed) for pair in zip(sources, views, strict=True))
-    return [Loader(*pair, accelerator.device, run_config.num_workers) for pair in zip(images, orders, strict=True)]
+    train_view = partial(training_view, min_crop_area=0.8, horizontal_flip=False)
+    eval_view = partial(evaluation_view, eval_crop_ratio=1.0)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+
+    def loader(source, view, order):
+        views = Views(source, view, config.image_size, run_config.seed)
+        return Loader(views, order, accelerator.device, run_config.num_workers)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
 
 
 def build_optimizer(model, config, steps_per_epoch):
@@ -225,7 +265,7 @@ def train_one_epoch(accelerator, model, buckets, loader, optimizer, scheduler, c
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
-            buckets.active = accelerator.sync_gradients  # only in the last backward of a step
+            buckets.active = accelerator.sync_gradients
             with accelerator.autocast():
                 logits = model(batch.images)
             loss = parallel_cross_entropy(logits, batch.labels, model.config.num_labels, config.label_smoothing)
@@ -257,20 +297,120 @@ def evaluate(accelerator, model, loader, run):
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 
 
+# --check
+
+
+def check(config, sizes, seed, device):
+    """Compare each piece with its dense layer, then five losses with DTensor's; raises UserError for a difference."""
+    hand = build_model(config, sizes, seed, device)
+    with torch.device(device):
+        dense = VisionTransformer(sizes)
+    init_weights(dense, seed)
+    buckets, classes, smoothing = GradientBuckets(hand), sizes.num_labels, config.label_smoothing
+    # The same numbers on every process, since all were seeded alike; 3 samples for each data-parallel rank.
+    samples, width = 3 * GROUP["dp"].size(), sizes.hidden_size
+    images, labels = torch.randn(samples, 3, *2 * [sizes.image_size]), torch.randint(classes, (samples,))
+    images, labels = images.to(device), labels.to(device)
+
+    def dense_loss(model=dense):
+        return cross_entropy(model(images), labels, label_smoothing=smoothing)
+
+    def hand_loss():
+        logits = hand(cut(images, 0, "dp"))
+        loss = parallel_cross_entropy(logits, cut(labels, 0, "dp"), classes, smoothing)
+        mean = loss.detach().clone()
+        dist.all_reduce(mean, group=GROUP["dp"])
+        return loss + (mean / GROUP["dp"].size() - loss.detach())  # the mean's value, the share's gradient
+
+    def piece(title, name, shape, takes=None, gives=None):
+        calls = [model.get_submodule(name) for model in (dense, hand)]
+        return title, calls, torch.randn(samples, *shape).to(device), takes, gives
+
+    entropies = [
+        lambda logits: cross_entropy(logits, labels, label_smoothing=smoothing),
+        lambda logits: parallel_cross_entropy(logits, labels, classes, smoothing),
+    ]
+    pieces = [
+        piece("column-parallel linear", "vit.layers.0.mlp.fc1", (5, width), gives=-1),
+        piece("row-parallel linear", "vit.layers.0.mlp.fc2", (5, sizes.intermediate_size), takes=-1),
+        piece("MLP", "vit.layers.0.mlp", (5, width)),
+        piece("attention", "vit.layers.0.attention", (5, width)),
+        piece("parallel embedding", "vit.embeddings", images.shape[1:]),
+        ("vocab-parallel cross-entropy", entropies, 9 * torch.randn(samples, classes).to(device), 1, None),
+        ("data parallelism, the network", [lambda _: dense_loss(), lambda _: hand_loss()], labels, None, None),
+    ]
+    differences = {title: difference(dense, hand, buckets, *rest) for title, *rest in pieces}
+
+    # DTensor cuts the same layers in the same way, by a plan: f and g are its changes of placement.
+    twin = copy.deepcopy(dense)
+    plan = {"attention.q_proj": ColwiseParallel(), "attention.k_proj": ColwiseParallel()}
+    plan |= {"attention.v_proj": ColwiseParallel(), "attention.o_proj": RowwiseParallel()}
+    plan |= {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
+    for block in twin.vit.layers:
+        parallelize_module(block, DeviceMesh.from_group(GROUP["tp"], device.type), plan)
+    mine, theirs = losses(hand, hand_loss, buckets.wait), losses(twin, partial(dense_loss, twin))
+    differences["five losses of DTensor's"] = (mine - theirs).abs().max().item()
+    differences["five losses of the dense network"] = (mine - losses(dense, dense_loss)).abs().max().item()
+    for title, value in differences.items():
+        if dist.get_rank() == 0:
+            print(f"{title:34}{value:.1e}", flush=True)
+    if not max(differences.values()) <= TOLERANCE:
+        raise UserError(f"a difference is above {TOLERANCE}. Compare that piece with its dense layer.")
+
+
+def difference(dense, hand, buckets, calls, x, takes, gives):
+    """The greatest, relative to what is above 1, in outputs, gradients, and weights after a step of SGD.
+
+    takes, gives: the dimension in which the piece by hand has only a part of the input, of the output. SGD, since
+    AdamW makes a whole step of a gradient that is rounding alone, as that of k's bias.
+    """
+    inputs = [part.clone().requires_grad_(part.is_floating_point()) for part in (x, cut(x, takes))]
+    outputs = [call(part) for call, part in zip(calls, inputs, strict=True)]
+    whole, part = (output[0] if isinstance(output, tuple) else output for output in outputs)
+    weights = torch.randn(whole.shape).to(x.device)  # no two outputs count alike
+    (whole * weights).sum().backward()
+    (part * cut(weights, gives)).sum().backward()
+    buckets.wait()
+    pairs = [(cut(whole, gives), part)]
+    if x.is_floating_point():
+        pairs.append((cut(inputs[0].grad, takes), inputs[1].grad))
+    trained = [pair for pair in zip(dense.parameters(), hand.parameters(), strict=True) if pair[0].grad is not None]
+    pairs += [(cut(whole.grad, part.cut_dim), part.grad) for whole, part in trained]
+    for model in (dense, hand):
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs += [(cut(whole, part.cut_dim), part) for whole, part in trained]
+    greatest = torch.stack([(a - b).abs().max() / a.abs().max().clamp(min=1) for a, b in pairs]).max().detach()
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return greatest.item()
+
+
+def losses(model, loss_of, finish=lambda: None):
+    """Of five steps of AdamW."""
+    optimizer, values = torch.optim.AdamW(model.parameters(), 1e-3, foreach=False), []
+    for _ in range(5):
+        loss = loss_of()
+        loss.backward()
+        finish()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.detach())
+    return torch.stack(values)
+
+
 def refuse(run_config, config, sizes):
     """What cannot be cut, or is not done here, ends in one line before a model is built."""
-    size, heads, tokens = (
-        config.tensor_parallel_size,
-        sizes.num_attention_heads,
-        1 + (sizes.image_size // sizes.patch_size) ** 2,
-    )
-    if heads % size or sizes.intermediate_size % size or size > min(sizes.num_labels, tokens):
+    size, heads, width = config.tensor_parallel_size, sizes.num_attention_heads, sizes.intermediate_size
+    most = min(sizes.num_labels, 1 + (sizes.image_size // sizes.patch_size) ** 2)
+    choice = [n for n in range(1, most + 1) if heads % n == 0 and width % n == 0]
+    if size not in choice:
         raise UserError(
-            f"--tensor_parallel_size {size} must divide the {heads} heads and the MLP's {sizes.intermediate_size} columns, "
-            f"and leave each process one of {sizes.num_labels} classes. Give another, or another --model."
+            f"--tensor_parallel_size {size} does not cut {heads} heads, {width} MLP columns and "
+            f"{sizes.num_labels} classes. Give one of {', '.join(map(str, choice))}, or another --model."
         )
     if mixed_precision() not in ("no", "bf16"):
-        raise UserError("the loss scale of fp16 is not shared among parts. Set mixed_precision to bf16 or no.")
+        raise UserError("the loss scale of fp16 is not shared among the parts. Set mixed_precision to bf16 or no.")
     if run_config.checkpointing_steps != "epoch" or run_config.resume_from_checkpoint not in ("auto", "never"):
         raise UserError("this recipe keeps no checkpoints. Leave those flags out, or train with recipes/vit_tp.py.")
 
@@ -281,18 +421,21 @@ def main(run_config, config):
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
     sizes = vit_config(config.model, config.image_size, config.patch_size, len(classes), 0.0)
     refuse(run_config, config, sizes)
-    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
-    if not run.finished:
-        build_groups(config.tensor_parallel_size)
-        model = build_model(config, sizes, run_config.seed, accelerator.device)
-        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
-        buckets = GradientBuckets(model)
-        with run.profiling(len(eval_loader)):
-            while not run.stopping:
-                train_one_epoch(accelerator, model, buckets, train_loader, optimizer, scheduler, config, run)
-                evaluate(accelerator, model, eval_loader, run)
-    accelerator.wait_for_everyone()
-    run.finish()
+    build_groups(config.tensor_parallel_size)
+    if config.check:
+        check(config, sizes, run_config.seed, accelerator.device)
+    else:
+        run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+        if not run.finished:
+            model = build_model(config, sizes, run_config.seed, accelerator.device)
+            optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+            buckets = GradientBuckets(model)
+            with run.profiling(len(eval_loader)):
+                while not run.stopping:
+                    train_one_epoch(accelerator, model, buckets, train_loader, optimizer, scheduler, config, run)
+                    evaluate(accelerator, model, eval_loader, run)
+        accelerator.wait_for_everyone()  # for rank 0's summary
+        run.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -40,7 +40,15 @@ from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluatio
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
 from shared.tracking import Run
-from shared.vit import VisionTransformer, find_pretrained, initial_value, load_pretrained, pixel_statistics, vit_config
+from shared.vit import (
+    VisionTransformer,
+    find_pretrained,
+    initial_value,
+    load_pretrained,
+    network_sizes,
+    pixel_statistics,
+    vit_config,
+)
 
 STRATEGIES = ("zero1", "zero2", "zero3")
 
@@ -119,9 +127,12 @@ def fill(accelerator, model, seed):
 def build_optimizer(accelerator, model, config, steps_per_epoch):
     """AdamW, on the CPU where the YAML offloads it, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
-    if accelerator.state.deepspeed_plugin.offload_optimizer_device == "cpu":
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.offload_optimizer_device == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        # Accelerate would put an Adam without decoupled weight decay in the place of this one.
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         optimizer = DeepSpeedCPUAdam(groups, config.learning_rate, adamw_mode=True)
     else:
         optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -185,6 +196,7 @@ def export(model, checkpoint, folder):
 
 
 def main(run_config, config):
+    network_sizes(config)  # refuses what is not there or does not fit, before the processes meet
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch

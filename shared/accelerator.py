@@ -58,20 +58,20 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     _check_processes(on_cpu)
     shape = _mesh_shape(config)
     _check_recipes_keys()
-    if strategy() in ("fsdp", "hsdp") and on_cpu and _world_size() > 1:
+    if strategy() in ("fsdp", "hsdp") and on_cpu and world_size() > 1:
         # Accelerate makes FSDP of MULTI_GPU alone; with gloo processes it would train unsharded without a word.
         PartialState(backend="gloo")
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(
         # One process without CUDA keeps Accelerate's own choice (MPS on a Mac); several talk through gloo.
-        cpu=strategy() == "ddp" and (_forced_cpu() or (on_cpu and _world_size() > 1)),
+        cpu=strategy() == "ddp" and (_forced_cpu() or (on_cpu and world_size() > 1)),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
         project_config=ProjectConfiguration(),
         parallelism_config=_parallelism_config(),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
     )
-    assert accelerator.num_processes == _world_size()
+    assert accelerator.num_processes == world_size()
     # The launcher exports OMP_NUM_THREADS=1 whatever the machine.
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     set_seed(seed)
@@ -131,7 +131,8 @@ def _variable(name: str, default: str) -> str:
     return os.environ.get(name, default).lower()
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Processes of this launch; known before they meet."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -164,11 +165,11 @@ def _check_strategy(strategies: tuple[str, ...]) -> None:
 
 def _mesh_shape(config) -> tuple[int, int, int]:
     """(pipeline, data, tensor) parallel sizes."""
-    world, tensor = _world_size(), getattr(config, "tensor_parallel_size", 1)
+    world, tensor = world_size(), getattr(config, "tensor_parallel_size", 1)
     pipeline = getattr(config, "pipeline_parallel_size", 1)
     for name, size in (("tensor_parallel_size", tensor), ("pipeline_parallel_size", pipeline)):
         if world % size:
-            raise UserError(f"{world} processes are no multiple of --{name} {size}. Change it or --num_processes.")
+            raise UserError(f"{world} process(es) are no multiple of --{name} {size}. Change it or --num_processes.")
     if strategy() == "hsdp" and world % _replicas():
         raise UserError(
             f"{world} processes are no multiple of {_replicas()} replicas. "
@@ -193,7 +194,7 @@ def _check_recipes_keys() -> None:
 def _parallelism_config() -> ParallelismConfig | None:
     if strategy() != "hsdp":
         return None
-    return ParallelismConfig(dp_replicate_size=_replicas(), dp_shard_size=_world_size() // _replicas())
+    return ParallelismConfig(dp_replicate_size=_replicas(), dp_shard_size=world_size() // _replicas())
 
 
 def _configure_deepspeed(accelerator: Accelerator, config) -> None:

@@ -137,11 +137,17 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def network_sizes(config) -> tuple[int, int, int]:
-    """Blocks, heads and MLP width of what a recipe's `--model` or `--pretrained` asks for."""
-    if config.pretrained:
-        network = ViTConfig.from_pretrained(find_pretrained(config.pretrained))
-        return network.num_hidden_layers, network.num_attention_heads, network.intermediate_size
-    return SIZES[config.model][1:]
+    """Blocks, heads and MLP width of what a recipe's `--model` or `--pretrained` asks for.
+
+    Needs no process group: raises UserError for a pretrained network that is not there or is no ViT, and where the
+    patches do not tile the image.
+    """
+    if not config.pretrained:
+        _check_patches(config.image_size, config.patch_size)
+        return SIZES[config.model][1:]
+    network = _read_config(find_pretrained(config.pretrained))
+    _check_patches(config.image_size, network.patch_size)
+    return network.num_hidden_layers, network.num_attention_heads, network.intermediate_size
 
 
 def vit_config(name: str, image_size: int, patch_size: int, num_classes: int, drop_path: float) -> ViTConfig:
@@ -224,9 +230,7 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     The position embeddings are interpolated where its images had another size; the head starts anew, from the seed,
     where it had another number of classes.
     """
-    config = ViTConfig.from_pretrained(folder)
-    if config.model_type != "vit":
-        raise UserError(f"--pretrained {folder} is a {config.model_type}, not a vit. Give a ViT's folder.")
+    config = _read_config(folder)
     former_classes = config.num_labels
     config.num_labels, config.drop_path = num_classes, drop_path
     model = VisionTransformer.from_pretrained(
@@ -241,6 +245,13 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     config.image_size = image_size
     embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
     return model
+
+
+def _read_config(folder: Path) -> ViTConfig:
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "vit":
+        raise UserError(f"--pretrained {folder} is a {kind}, not a vit. Give the folder of a ViT.")
+    return ViTConfig.from_pretrained(folder)
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:

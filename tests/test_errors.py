@@ -4,17 +4,19 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, environment, launch_command, python
 
 from shared.config import RunConfig, UserError, parse
 from shared.data import TrainingOrder, open_data
 
 
-def refusal(*arguments, **variables: str) -> str:
+def refusal(*arguments, recipe: str = "resnet", **variables: str) -> str:
     """The error line of a recipe that must end before it has trained a step, and print nothing else."""
-    command = [sys.executable, "recipes/resnet.py", *map(str, arguments)]
+    command = [sys.executable, f"recipes/{recipe}.py", *map(str, arguments)]
     process = subprocess.run(
         command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60
     )
@@ -180,3 +182,55 @@ def test_a_fraction_beside_an_existing_split_is_refused(folder):
     for data in ("digits", str(folder)):
         with pytest.raises(UserError, match="--val_fraction"):
             open_data(data, 0.1, seed=0)
+
+
+# Strategies: what cannot be split, or is launched in another way than the recipe knows
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as the launcher passes a YAML on
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "variables", "words"),
+    [
+        ("vit_tp", ["--tensor_parallel_size", "3"], {}, ["3 does not divide the 4 heads", "--model"]),
+        ("vit_tp", [], {}, ["1 process", "--tensor_parallel_size 2", "--num_processes"]),
+        ("vit_tp", [], ZERO, ["vit_tp.py does not run under zero3", "local_fsdp.yaml"]),
+        ("vit_tp", [], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["fp16", "bf16"]),
+        ("vit_pp", ["--pipeline_parallel_size", "7"], {}, ["exceeds the 6 blocks"]),
+        ("vit_pp", ["--pipeline_parallel_size", "4", "--pipeline_chunks", "2"], {}, ["4 or more"]),
+        ("vit_pp", ["--pipeline_chunks", "7"], {}, ["do not divide", "--pipeline_chunks"]),
+        ("vit_pp", [], FSDP, ["vit_pp.py does not run under fsdp", "local_ddp.yaml"]),
+        ("vit", ["--patch_size", "5"], {}, ["--image_size 32 is no multiple of the patch size 5", "30"]),
+        ("vit", [], FSDP | {"FSDP_VERSION": "1"}, ["fsdp_version: 2"]),
+        ("vit", [], ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, ["--max_grad_norm"]),
+        ("vit_fsdp", [], {}, ["vit_fsdp.py does not run under ddp", "local_hsdp.yaml"]),
+        ("vit_zero", [], {}, ["vit_zero.py does not run under ddp", "local_zero3.yaml"]),
+        ("resnet", [], FSDP, ["resnet.py does not run under fsdp", "local_ddp.yaml"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_split_is_refused_before_the_processes_meet(tmp_path, recipe, arguments, variables, words):
+    line = refusal("--output_dir", tmp_path / "run", *arguments, recipe=recipe, **variables)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_another_kind_is_refused(tmp_path):
+    write(tmp_path / "other/config.json", '{"model_type": "bert"}')
+    line = refusal("--pretrained", tmp_path / "other", recipe="vit")
+    assert "is a bert, not a vit" in line
+
+
+def test_without_deepspeed_its_topologies_are_refused(tmp_path):
+    """In an interpreter that sees every installed package but this one."""
+    packages = Path(torch.__file__).parent.parent
+    for entry in packages.iterdir():
+        if not entry.name.startswith("deepspeed"):
+            (tmp_path / entry.name).symlink_to(entry)
+    command = [sys.executable, "-S", "recipes/vit.py", "--output_dir", str(tmp_path / "run")]
+    variables = environment(PYTHONPATH=str(tmp_path), **ZERO)
+    process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: zero3 needs DeepSpeed. Install it (pip install deepspeed)")
+    assert process.returncode == 1
