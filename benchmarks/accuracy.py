@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy and time of the demonstration over several seeds.
 
-    python benchmarks/accuracy.py [--seeds 5] [any flag of the recipe]
+    python benchmarks/accuracy.py [--recipe vit] [--seeds 5] [any flag of the recipe]
 
-Runs the plain public command once a seed, and writes benchmarks/results/accuracy_<hardware>_<date>.json.
+Runs the plain public command once a seed, and writes benchmarks/results/accuracy_<recipe>_<hardware>_<date>.json.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     summaries = [train(arguments.recipe, seed, flags) for seed in range(arguments.seeds)]
     rows = [{"figure": name, **median_and_spread([summary[name] for summary in summaries])} for name in FIGURES]
     print(table(rows))
-    print(write("accuracy", rows, recipe=arguments.recipe, flags=flags, runs=summaries))
+    print(write(f"accuracy_{arguments.recipe}", rows, recipe=arguments.recipe, flags=flags, runs=summaries))
 
 
 def train(recipe: str, seed: int, flags: list[str]) -> dict:

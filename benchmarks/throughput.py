@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images a second of training ResNet-50 on one device, rung by rung: what each setting of the recipe is worth.
+"""Images a second of training on one device, rung by rung: what each setting of a recipe is worth.
 
-    python benchmarks/throughput.py                                   # the ladder at 224 and 176 px
+    python benchmarks/throughput.py                                   # ResNet-50 at 224 and 176 px; ViTs at 224 px
+    python benchmarks/throughput.py --models B/16,L/16,H/14           # the Vision Transformers, patch size after /
     python benchmarks/throughput.py --rungs compile --image_sizes 224 # one rung
     python benchmarks/throughput.py --profile trace.json              # and where the time of the last case goes
 
 Each rung adds to the former: fp32, tf32, amp (bf16; fp16 with a scaler before Ampere), channels_last, compile. Each is
 measured at rising batch sizes until memory runs out. The network, the optimizer and the loss are those of
-recipes/resnet.py; random uint8 images lie on the device and are normalised there in every step, as
-shared/data/loaders.py does it: no input pipeline. Writes benchmarks/results/throughput_<hardware>_<date>.json.
+recipes/resnet.py (all rungs) or recipes/vit.py (amp, and compile by block); random uint8 images lie on the device and
+are normalised there in every step, as shared/data/loaders.py does it: no input pipeline. Writes
+benchmarks/results/throughput_<hardware>_<date>.json.
 """
 
 import argparse
@@ -18,24 +20,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from report import ROOT, median_and_spread, table, write
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import resnet
+import vit
 
 from shared.accelerator import LEAST_CAPABILITY
 from shared.data.loaders import MEAN, STD
+from shared.vit import SIZES
 
 RUNGS = ["fp32", "tf32", "amp", "channels_last", "compile"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.float16 if ON_GPU and torch.cuda.get_device_capability() < LEAST_CAPABILITY["bf16"] else torch.bfloat16
 CLASSES = 1000
+RESNETS = get_args(resnet.MODELS)
 
 # Dense peaks of the datasheets, TFLOP/s, by a part of the device's name: fp32, tf32, 16-bit.
 PEAKS = {
@@ -46,18 +52,38 @@ PEAKS = {
 }
 
 
-def build_step(rung: str, image_size: int, batch_size: int) -> Callable[[], Tensor]:
+def build_network(name: str, image_size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """On the device, with its recipe's optimizer."""
+    if name in RESNETS:
+        config = resnet.Config(model=name)
+        model = resnet.build_model(config, CLASSES).to(DEVICE)
+        return model, resnet.build_optimizer(model, config, steps_per_epoch=1000)[0]
+    size, patch_size = name.split("/")
+    config = vit.Config(model=size, patch_size=int(patch_size), image_size=image_size)
+    model = vit.build_model(config, CLASSES, seed=0).to(DEVICE)
+    return model, vit.build_optimizer(model, config, steps_per_epoch=1000)[0]
+
+
+def rungs_of(name: str, image_size: int, rungs: list[str]) -> list[str]:
+    """Layout means nothing to a ViT's products; and one image size, which its patches tile, is enough."""
+    if name in RESNETS:
+        return rungs
+    return [rung for rung in rungs if rung in ("amp", "compile") and image_size == 224]
+
+
+def build_step(name: str, rung: str, image_size: int, batch_size: int) -> Callable[[], Tensor]:
     """A function that trains one step on the next of the resident batches, and returns the loss."""
     height = RUNGS.index(rung)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = height >= RUNGS.index("tf32")
     torch.backends.cudnn.benchmark = True
-    layout = torch.channels_last if height >= RUNGS.index("channels_last") else torch.contiguous_format
-    config = resnet.Config(model="resnet50")
-    model = resnet.build_model(config, CLASSES).to(DEVICE, memory_format=layout).train()
-    optimizer, _ = resnet.build_optimizer(model, config, steps_per_epoch=1000)
+    by_channels = height >= RUNGS.index("channels_last") and name in RESNETS
+    layout = torch.channels_last if by_channels else torch.contiguous_format
+    model, optimizer = build_network(name, image_size)
+    model.to(memory_format=layout).train()
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=height >= RUNGS.index("amp") and HALF is torch.float16)
     if rung == "compile":
-        model.compile(dynamic=False)
+        for part in [model] if name in RESNETS else model.vit.layers:
+            part.compile(dynamic=False)
     mean, std = (torch.tensor(value, device=DEVICE).view(1, 3, 1, 1) for value in (MEAN, STD))
     # Four batches in turn: more bytes than a GPU's cache holds.
     pixels = torch.randint(256, (4, batch_size, image_size, image_size, 3), dtype=torch.uint8, device=DEVICE)
@@ -68,7 +94,7 @@ def build_step(rung: str, image_size: int, batch_size: int) -> Callable[[], Tens
         images, targets = next(batches)
         images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout).sub_(mean).div_(std)
         with torch.autocast(DEVICE.type, HALF, enabled=height >= RUNGS.index("amp")):
-            loss = cross_entropy(model(images), targets, label_smoothing=config.label_smoothing)
+            loss = cross_entropy(model(images), targets, label_smoothing=0.1)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -92,9 +118,9 @@ def step_seconds(step: Callable[[], Tensor], steps: int) -> list[float]:
     return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(events)]
 
 
-def measure(rung: str, image_size: int, batch_size: int, arguments: argparse.Namespace) -> dict:
+def measure(name: str, rung: str, image_size: int, batch_size: int, arguments: argparse.Namespace) -> dict:
     """The figures of one case; raises torch.OutOfMemoryError on a GPU that is too small."""
-    step = build_step(rung, image_size, batch_size)
+    step = build_step(name, rung, image_size, batch_size)
     begin = time.perf_counter()
     step().item()  # compiles, and waits for the device
     first = time.perf_counter() - begin
@@ -102,7 +128,7 @@ def measure(rung: str, image_size: int, batch_size: int, arguments: argparse.Nam
         step()
     seconds = step_seconds(step, arguments.steps)
     rate = median_and_spread(batch_size / each for each in seconds)
-    tflops = rate["median"] * training_flops(image_size) / 1e12
+    tflops = rate["median"] * training_flops(name, image_size) / 1e12
     peak = peak_tflops(rung)
     if arguments.profile:
         profile(step, arguments.profile)
@@ -115,10 +141,15 @@ def measure(rung: str, image_size: int, batch_size: int, arguments: argparse.Nam
     }
 
 
-def training_flops(image_size: int) -> int:
+def training_flops(name: str, image_size: int) -> int:
     """Of one image. The backward has two products for each of the forward's: times 3; a multiply-add counts as 2."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        resnet.build_model(resnet.Config(model="resnet50"), CLASSES).eval()(torch.empty(1, 3, image_size, image_size))
+        if name in RESNETS:
+            model = resnet.build_model(resnet.Config(model=name), CLASSES)
+        else:
+            size, patch_size = name.split("/")
+            model = vit.VisionTransformer(vit.vit_config(size, image_size, int(patch_size), CLASSES, drop_path=0.0))
+        model.eval()(torch.empty(1, 3, image_size, image_size))
     return 3 * counter.get_total_flops()
 
 
@@ -139,9 +170,14 @@ def profile(step: Callable[[], Tensor], path: Path) -> None:
 def sweep(arguments: argparse.Namespace) -> list[dict]:
     """One row for each case, in the ladder's order; a larger batch is not tried where a smaller one had no room."""
     begin, rows = time.perf_counter(), []
-    for image_size, rung in itertools.product(arguments.image_sizes, arguments.rungs):
+    cases = [
+        (name, rung, image_size)
+        for name, image_size in itertools.product(arguments.models, arguments.image_sizes)
+        for rung in rungs_of(name, image_size, arguments.rungs)
+    ]
+    for name, rung, image_size in cases:
         for batch_size in arguments.batch_sizes:
-            row = {"rung": rung, "image_size": image_size, "batch_size": batch_size}
+            row = {"model": name, "rung": rung, "image_size": image_size, "batch_size": batch_size}
             if time.perf_counter() - begin > arguments.seconds_limit:
                 rows.append(row | {"left_out": "no time"})
                 continue
@@ -151,7 +187,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict]:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
-                rows.append(row | measure(rung, image_size, batch_size, arguments))
+                rows.append(row | measure(name, rung, image_size, batch_size, arguments))
             except torch.OutOfMemoryError:
                 rows.append(row | {"left_out": "out of memory"})
                 break
@@ -169,6 +205,12 @@ def main() -> None:
     here = [rung for rung in RUNGS if rung != "tf32" or (ON_GPU and HALF is torch.bfloat16)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, sizes, steps = parser.add_argument, *(("64,128,256,512,1024", 30) if ON_GPU else ("16", 4))
+    add(
+        "--models",
+        type=lambda text: text.split(","),
+        default="resnet50,B/16,L/16,H/14" if ON_GPU else "resnet50,B/16",
+        help=f"some of {', '.join(RESNETS)}, and a ViT's size/patch as B/16 (here %(default)s)",
+    )
     add(
         "--rungs",
         type=lambda text: text.split(","),
@@ -190,9 +232,13 @@ def main() -> None:
     unknown = set(arguments.rungs) - set(RUNGS)
     if unknown:
         parser.error(f"--rungs {unknown.pop()} is unknown. Known: {', '.join(RUNGS)}.")
+    known = [*RESNETS, *(f"{size}/{patch}" for size in SIZES for patch in (14, 16, 28, 32))]
+    unknown = set(arguments.models) - set(known)
+    if unknown:
+        parser.error(f"--models {unknown.pop()} is unknown. Known: {', '.join(known)}.")
     rows = sweep(arguments)
     print(table(rows))
-    print(write("throughput", rows, model="resnet50", amp=str(HALF).removeprefix("torch."), steps=arguments.steps))
+    print(write("throughput", rows, amp=str(HALF).removeprefix("torch."), steps=arguments.steps))
 
 
 if __name__ == "__main__":

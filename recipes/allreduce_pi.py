@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8", "accelerate>=1.15", "transformers>=5.17", "numpy>=2"]
+# dependencies = ["torch>=2.8", "accelerate>=1.10", "transformers>=4.57", "numpy>=2"]
 # ///
 # SPDX-License-Identifier: Apache-2.0
 """The first collective: each process sums its share of an integral, one all-reduce gives every process the whole, pi.
@@ -42,7 +42,9 @@ def main(config):
     pi = (4 / (1 + x * x)).sum() / count
     if world > 1:
         torch.distributed.all_reduce(pi)  # in: a term on each process; out: the sum, on every process
-    accelerator.print(f"pi = {pi.item():.15f}, wrong by {abs(pi.item() - math.pi):.1e}: {count} intervals / {world}")
+    accelerator.print(
+        f"pi = {pi.item():.15f}, off by {abs(pi.item() - math.pi):.1e} ({count} intervals, {world} processes)"
+    )
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -22,7 +22,7 @@ ImageNet (command not yet run): --data $DSDIR/imagenet/RawImages --model resnet5
 --warmup_epochs 5 --weight_decay 1e-4 --channels_last --compile, with --mixed_precision bf16 for the launcher.
 
 Measured on the digits, 2 CPU cores, three seeds: 99.2 to 99.7 % top-1 in 41 to 43 s
-(benchmarks/results/accuracy_cpu2_2026-11-23.json).
+(benchmarks/results/accuracy_resnet_cpu2_2026-11-23.json).
 """
 
 from dataclasses import dataclass

@@ -306,6 +306,10 @@ def check(config, sizes, seed, device):
     with torch.device(device):
         dense = VisionTransformer(sizes)
     init_weights(dense, seed)
+    for whole, part in zip(dense.parameters(), hand.parameters(), strict=True):
+        if whole.ndim == 1:  # biases start at 0: one that is added twice would not be seen
+            whole.data += 0.1 * torch.randn(whole.shape).to(device)
+            part.data.copy_(cut(whole.data, part.cut_dim))
     buckets, classes, smoothing = GradientBuckets(hand), sizes.num_labels, config.label_smoothing
     # The same numbers on every process, since all were seeded alike; 3 samples for each data-parallel rank.
     samples, width = 3 * GROUP["dp"].size(), sizes.hidden_size
@@ -402,12 +406,12 @@ def losses(model, loss_of, finish=lambda: None):
 def refuse(run_config, config, sizes):
     """What cannot be cut, or is not done here, ends in one line before a model is built."""
     size, heads, width = config.tensor_parallel_size, sizes.num_attention_heads, sizes.intermediate_size
-    most = min(sizes.num_labels, 1 + (sizes.image_size // sizes.patch_size) ** 2)
-    choice = [n for n in range(1, most + 1) if heads % n == 0 and width % n == 0]
+    classes, positions = sizes.num_labels, 1 + (sizes.image_size // sizes.patch_size) ** 2
+    choice = [n for n in range(1, min(classes, positions) + 1) if heads % n == 0 and width % n == 0]
     if size not in choice:
         raise UserError(
-            f"--tensor_parallel_size {size} does not cut {heads} heads, {width} MLP columns and "
-            f"{sizes.num_labels} classes. Give one of {', '.join(map(str, choice))}, or another --model."
+            f"--tensor_parallel_size {size} does not cut {heads} heads, {width} MLP columns, {classes} classes and "
+            f"{positions} positions. Give one of {', '.join(map(str, choice))}, or another --model."
         )
     if mixed_precision() not in ("no", "bf16"):
         raise UserError("the loss scale of fp16 is not shared among the parts. Set mixed_precision to bf16 or no.")

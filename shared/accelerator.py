@@ -25,6 +25,7 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 # Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
 MESH = ("pp", "dp", "tp")
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
 
 
 def mixed_precision() -> str:
@@ -75,6 +76,10 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     # The launcher exports OMP_NUM_THREADS=1 whatever the machine.
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     set_seed(seed)
+    if not torch.distributed.is_initialized() and any(hasattr(config, name) for name in SIZES):
+        # `python recipes/vit_tp.py --tensor_parallel_size 1`: the code that splits finds a group of one.
+        backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     alone = not torch.distributed.is_initialized()
     accelerator.mesh = None if alone else init_device_mesh(accelerator.device.type, shape, mesh_dim_names=MESH)
     if strategy().startswith("zero"):
@@ -165,9 +170,8 @@ def _check_strategy(strategies: tuple[str, ...]) -> None:
 
 def _mesh_shape(config) -> tuple[int, int, int]:
     """(pipeline, data, tensor) parallel sizes."""
-    world, tensor = world_size(), getattr(config, "tensor_parallel_size", 1)
-    pipeline = getattr(config, "pipeline_parallel_size", 1)
-    for name, size in (("tensor_parallel_size", tensor), ("pipeline_parallel_size", pipeline)):
+    world, (tensor, pipeline) = world_size(), (getattr(config, name, 1) for name in SIZES)
+    for name, size in zip(SIZES, (tensor, pipeline), strict=True):
         if world % size:
             raise UserError(f"{world} process(es) are no multiple of --{name} {size}. Change it or --num_processes.")
     if strategy() == "hsdp" and world % _replicas():

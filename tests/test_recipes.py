@@ -179,10 +179,8 @@ DEMO = "accelerate launch --config_file accelerate_configs/local_ddp.yaml recipe
 RECIPE_COMMANDS = [
     line for line in commands() if "recipes/" in line and not line.startswith(("cp ", "diff ")) and line != DEMO
 ]
-SMOKE_FORM = (
-    "--max_steps 1 --epochs 1 --data digits --image_size 32 --model resnet18 --global_batch_size 64 --num_workers 1 "
-    "--compile False"
-)
+SMOKE_FORM = "--max_steps 1 --epochs 1 --data digits --image_size 32 --global_batch_size 64 --num_workers 1"
+SMALL = {"resnet": " --model resnet18 --compile False", "vit": " --model demo --patch_size 8"}
 
 
 @pytest.mark.parametrize("line", RECIPE_COMMANDS)
@@ -190,9 +188,11 @@ def test_each_recipe_command_of_the_readme_runs(line, tmp_path):
     """Smoke form: the command as it stands, with flags after it that make it small, and at most two processes."""
     program, *words = shlex.split(re.sub(r"--num_processes \d+", "--num_processes 2", line))
     prefix = {"accelerate": ["-m", "accelerate.commands.accelerate_cli"], "python": []}[program]
-    process = python(*prefix, *words, *SMOKE_FORM.split(), "--output_dir", tmp_path / "run")
+    recipe = re.search(r"recipes/(\w+)\.py", line)[1]
+    small = (SMOKE_FORM + SMALL[recipe.split("_")[0]]).split() if f"{recipe}.py" in TRAININGS else []
+    process = python(*prefix, *words, *small, *(["--output_dir", tmp_path / "run"] if small else []))
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "run/summary.json").exists()
+    assert (tmp_path / "run/summary.json").exists() or not small
 
 
 def test_each_other_command_of_the_readme_is_one_that_exists():
@@ -236,7 +236,10 @@ def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     rows = process.stdout.splitlines()[1:]
     assert [row.split()[:2] for row in rows] == [[path.stem, "pass"] for path in RECIPES]
-    assert all(float(row.split()[2]) > 1 and float(row.split()[3]) > 100 for row in rows)
+    for row in rows:
+        name, _, seconds, mebibytes, _ = row.split()
+        assert float(seconds) > 1
+        assert float(mebibytes) > 100 or f"{name}.py" not in TRAININGS
     assert python("tools/smoke.py", "no_such").returncode == 1
     shutil.copytree(ROOT / "tools", tmp_path / "tools", symlinks=True)
     shutil.copytree(ROOT / "shared", tmp_path / "shared")

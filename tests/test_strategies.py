@@ -110,11 +110,10 @@ def test_names_are_those_of_the_plain_model(single):
     assert set(weights(single)) == set(plain.state_dict())
 
 
-def test_zero_ends_with_a_folder_for_transformers(runs, single):
-    folder = runs / "vit_zero-2" / "pretrained"
-    assert folder.exists(), "made by the case `vit_zero 2`"
-    model = ViTForImageClassification.from_pretrained(folder)
-    same_weights(dict(model.state_dict()), weights(single))
+def test_zero_ends_with_a_folder_for_transformers(runs):
+    result = run(runs / "zero-export", "vit_zero", "zero3", 2, [], steps=2)
+    model = ViTForImageClassification.from_pretrained(result.folder / "pretrained")
+    same_weights(dict(model.state_dict()), weights(result))
 
 
 def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(runs):

@@ -8,11 +8,14 @@ Prints recipe, pass or fail, seconds and peak memory; exits 1 if one failed, wit
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2
@@ -35,7 +38,7 @@ def smoke(recipe: Path) -> bool:
         begin = time.perf_counter()
         process = subprocess.run(command(recipe, folder), capture_output=True, text=True, cwd=ROOT)
         seconds = time.perf_counter() - begin
-        problem, memory = examine(process, Path(folder) / "run")
+        problem, memory = examine(process, Path(folder) / "run", is_training(recipe))
     print(f"{recipe.stem:24}{'fail' if problem else 'pass':8}{seconds:8.1f}{memory / 2**20:10.0f} MiB")
     if problem:
         print(f"--- {problem}\n{(process.stdout + process.stderr)[-4000:]}\n---", file=sys.stderr)
@@ -43,15 +46,27 @@ def smoke(recipe: Path) -> bool:
 
 
 def command(recipe: Path, folder: str) -> list[str]:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/local_ddp.yaml"]
-    limits = ["--max_steps", str(STEPS), "--logging_steps", "1", "--output_dir", f"{folder}/run"]
-    return [*launch, str(recipe.relative_to(ROOT)), *limits]
+    """The recipe under the first topology that its head names; splits take two processes where they can."""
+    source = recipe.read_text()
+    config = re.search(r"local_\w+\.yaml", source)[0]
+    processes = 2 if config != "local_ddp.yaml" and torch.cuda.device_count() != 1 else 1
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
+    launch += ["--num_processes", str(processes), str(recipe.relative_to(ROOT))]
+    if not is_training(recipe):
+        return launch
+    sizes = [f"--{name}" for name in ("tensor_parallel_size", "pipeline_parallel_size") if f"{name}: int" in source]
+    launch += [word for name in sizes for word in (name, str(processes))]
+    return [*launch, "--max_steps", str(STEPS), "--logging_steps", "1", "--output_dir", f"{folder}/run"]
 
 
-def examine(process: subprocess.CompletedProcess, run: Path) -> tuple[str, int]:
-    """What is wrong (empty: nothing) and the peak memory in bytes."""
-    if process.returncode:
-        return f"exit status {process.returncode}", 0
+def is_training(recipe: Path) -> bool:
+    return "def train_one_epoch" in recipe.read_text()
+
+
+def examine(process: subprocess.CompletedProcess, run: Path, trains: bool) -> tuple[str, int]:
+    """What is wrong (empty: nothing) and the peak memory in bytes (0 where the recipe does not train)."""
+    if process.returncode or not trains:
+        return f"exit status {process.returncode}" if process.returncode else "", 0
     summary = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
