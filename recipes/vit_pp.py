@@ -135,7 +135,7 @@ def parallelize(accelerator, model, config):
     share = 1 / (config.pipeline_chunks * config.gradient_accumulation_steps)
 
     def loss(logits, labels):
-        return cross_entropy(logits, labels, label_smoothing=config.label_smoothing) * share
+        return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing) * share
 
     group = accelerator.mesh["pp"].get_group()
     stage = MeasuredStage(part, number, stages, accelerator.device, group=group)

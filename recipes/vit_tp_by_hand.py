@@ -17,6 +17,8 @@ Base: none.
 
 To learn from, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) beside it; vit_tp.py is the one to train
 with. The losses are those of vit.py. It keeps no checkpoints: a run that was cut off starts anew.
+
+Longer than 250 lines: --check stands beside what it checks.
 """
 
 import copy

@@ -287,6 +287,8 @@ class Run:
         self._show_result()
 
     def _show_result(self) -> None:
+        if not self.accelerator.is_main_process:
+            return  # the file may not be written yet
         summary = _read_json(self.folder / "summary.json")
         self.say(
             f"{'already ' if self.finished else ''}finished: top-1 accuracy {summary.get('accuracy', 0):.2%}, "

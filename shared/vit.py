@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from .config import UserError
@@ -231,6 +232,8 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     where it had another number of classes.
     """
     config = _read_config(folder)
+    # Under ZeRO-3 transformers would cut the weights as it reads them; here they are changed first.
+    unset_hf_deepspeed_config()
     former_classes = config.num_labels
     config.num_labels, config.drop_path = num_classes, drop_path
     model = VisionTransformer.from_pretrained(
