@@ -90,6 +90,9 @@ class Loader:
             # Forked workers start at once; Python 3.14's default imports torch anew in each.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )
+        if num_workers:
+            # Workers start now, while no other thread computes: a lock that one held would stay locked in a fork.
+            iter(self.loader)
 
     def __len__(self) -> int:
         return len(self.order)
