@@ -29,7 +29,7 @@ from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import ViTForImageClassification
+from transformers import ViTForImageClassification, ViTImageProcessor
 from transformers.hf_argparser import HfArg
 from transformers.initialization import no_init_weights
 
@@ -184,7 +184,7 @@ def evaluate(accelerator, model, loader, run):
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 
 
-def export(model, checkpoint, folder):
+def export(model, loader, checkpoint, folder):
     """Put the checkpoint's shards together in fp32, on one process without a GPU, in transformers' format."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -193,6 +193,8 @@ def export(model, checkpoint, folder):
         whole = ViTForImageClassification(model.module.config)
     whole.load_state_dict(weights, assign=True)
     whole.save_pretrained(folder)
+    mean, std = ((values.flatten() / 255).tolist() for values in (loader.mean, loader.std))
+    ViTImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)
 
 
 def main(run_config, config):
@@ -213,7 +215,7 @@ def main(run_config, config):
                 evaluate(accelerator, model, eval_loader, run)
                 checkpoint = save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
         if accelerator.is_main_process:
-            export(model, checkpoint, run.folder / "pretrained")
+            export(model, eval_loader, checkpoint, run.folder / "pretrained")
         run.say(f"whole weights: {run.folder / 'pretrained'}")
     run.finish()
     accelerator.wait_for_everyone()

@@ -245,7 +245,7 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     _check_patches(image_size, config.patch_size)
     positions = resize_positions(embeddings.position_embeddings.data, image_size // config.patch_size)
     embeddings.position_embeddings = nn.Parameter(positions)
-    config.image_size = image_size
+    model.config.image_size = image_size
     embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
     return model
 

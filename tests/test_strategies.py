@@ -15,6 +15,9 @@ from conftest import ROOT, Result, python, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import ViTConfig, ViTForImageClassification
 
+from shared.data.loaders import MEAN, STD
+from shared.vit import pixel_statistics
+
 STEPS = ["--epochs", "2", "--warmup_epochs", "0.2", "--drop_path", "0.2", "--logging_steps", "1", "--num_workers", "1"]
 QUIET = ["--report_to", "none"]
 
@@ -114,6 +117,9 @@ def test_zero_ends_with_a_folder_for_transformers(runs):
     result = run(runs / "zero-export", "vit_zero", "zero3", 2, [], steps=2)
     model = ViTForImageClassification.from_pretrained(result.folder / "pretrained")
     same_weights(dict(model.state_dict()), weights(result))
+    mean, std = pixel_statistics(result.folder / "pretrained")
+    assert mean == pytest.approx(MEAN, rel=1e-6)
+    assert std == pytest.approx(STD, rel=1e-6)
 
 
 def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(runs):
