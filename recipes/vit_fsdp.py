@@ -18,6 +18,10 @@ Base: vit.py. Changes: build_model, parallelize, main.
 
 vit.py under the same YAMLs builds the whole network in every process, and reduces gradients in the half precision of
 the weights; here it is built without memory, filled shard by shard, and gradients are reduced in fp32.
+
+When: no process can hold the whole. ViT-G has 27.5 GiB of weights, gradients and Adam's state in fp32; of 8 processes
+each holds 3.4, of 1,024 rank 0 holds 39 % more than its share, since rows are not cut
+(benchmarks/results/memory_cpu2_2026-11-23.json).
 """
 
 from dataclasses import dataclass

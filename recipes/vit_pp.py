@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, times data parallelism.
 
-Base: vit.py. Changes: parallelize, step, from_last, clip_grad_norm, train_one_epoch, evaluate, check_sizes, main.
+Base: vit.py. Changes: parallelize, step, last, average, clip_grad_norm, train_one_epoch, evaluate, check_sizes, main.
 
     L="accelerate launch --config_file accelerate_configs/local_pp.yaml"
     $L recipes/vit_pp.py                                            # two stages, one a process
@@ -16,8 +16,9 @@ Base: vit.py. Changes: parallelize, step, from_last, clip_grad_norm, train_one_e
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 16 \
         recipes/vit_pp.py --model G --pipeline_parallel_size 4                        # on each of four nodes
 
-Only activations at the cuts are sent, so stages may lie on different nodes. p stages idle for (p - 1) / (m + p - 1) of
-a step of m chunks; GPipe keeps the activations of m chunks, 1F1B of at most p. The run ends with both, measured.
+When: GPUs far apart, for only the activations at the cuts are sent. p stages idle (p - 1) / (m + p - 1) of a step of m
+chunks, and keep the activations of m (GPipe) or of p chunks (1F1B): the run ends with both, measured. ViT-B in 4
+stages: 336 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-23.json).
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,7 @@ import torch
 from torch import distributed
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision, world_size
@@ -125,20 +125,17 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, config):
-    """This process's stage, replicated over `dp`, and the schedule that runs it."""
+    """This process's stage, and the schedule that runs it."""
     stages, number = config.pipeline_parallel_size, accelerator.mesh.get_local_rank("pp")
     part = Stage(model, number, stages).to(accelerator.device)
     part.forward = accelerator.autocast()(part.forward)
-    if data_parallel(accelerator)[1] > 1:
-        part = DistributedDataParallel(part, process_group=accelerator.mesh["dp"].get_group())
     # Each chunk's mean is one of chunks x accumulation steps: their gradients add up to the batch's.
     share = 1 / (config.pipeline_chunks * config.gradient_accumulation_steps)
 
     def loss(logits, labels):
         return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing) * share
 
-    group = accelerator.mesh["pp"].get_group()
-    stage = MeasuredStage(part, number, stages, accelerator.device, group=group)
+    stage = MeasuredStage(part, number, stages, accelerator.device, group=accelerator.mesh["pp"].get_group())
     schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[config.pipeline_schedule]
     return part, stage, schedule(stage, config.pipeline_chunks, loss, scale_grads=False)
 
@@ -149,14 +146,21 @@ def step(accelerator, stage, schedule, batch, config):
     target, losses = (batch.labels, []) if stage.is_last else (None, None)
     schedule.step(*images, target=target, losses=losses, return_outputs=False, sample_seeds=batch.seeds)
     total = sum(part.detach() for part in losses) if losses else torch.zeros((), device=accelerator.device)
-    return from_last(accelerator, total) * config.gradient_accumulation_steps
+    return last(accelerator, total) * config.gradient_accumulation_steps
 
 
-def from_last(accelerator, tensor):
+def last(accelerator, tensor):
     """The last stage's values of this tensor, on every stage."""
     group = accelerator.mesh["pp"].get_group()
     distributed.broadcast(tensor, group_src=group.size() - 1, group=group)
     return tensor
+
+
+def average(accelerator, model):
+    """The gradients over the replicas of a stage, in one message: DDP's hooks would not bear GPipe's many forwards."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    distributed.all_reduce(total := parameters_to_vector(gradients), group=accelerator.mesh["dp"].get_group())
+    vector_to_parameters(total / data_parallel(accelerator)[1], gradients)
 
 
 def clip_grad_norm(accelerator, model, max_norm):
@@ -175,8 +179,8 @@ def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, sche
         with accelerator.accumulate():
             with stage.measure(run.will_log):
                 loss = step(accelerator, stage, schedule, batch, config)
-            # The norm takes two passes over the gradients: only where it clips or is logged.
-            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+            if accelerator.sync_gradients:
+                average(accelerator, model)
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
@@ -200,7 +204,7 @@ def evaluate(accelerator, model, stage, schedule, loader, run):
         images, target = ((batch.images,) if stage.is_first else ()), (batch.labels if stage.is_last else None)
         logits = schedule.eval(*images, target=target)
         logits = logits.float() if stage.is_last else torch.empty(shape, device=accelerator.device)
-        evaluation.add(from_last(accelerator, logits), batch.labels, batch.valid)
+        evaluation.add(last(accelerator, logits), batch.labels, batch.valid)
         run.profiler.step()
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 

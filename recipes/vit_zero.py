@@ -21,6 +21,10 @@ Base: vit.py. Changes: build_model, fill, build_optimizer, export, main.
 vit.py under the same YAMLs builds the whole network in every process first. Here ZeRO-3 cuts each weight as it is
 made, offload takes DeepSpeed's own Adam, and the run ends with <run's folder>/pretrained, put together from the last
 checkpoint's shards: a folder for transformers, and for --pretrained of every recipe.
+
+When: optimizer or weights must wait in the host's memory. Without offload FSDP2 holds less: ViT-B on 4 processes
+413 MiB under zero3 and 332 under fsdp, and DeepSpeed's buckets take 1.9 GiB more
+(benchmarks/results/memory_cpu2_2026-11-23.json).
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, launch_command, python, train
 
 FLAGS = ["--max_steps", "20", "--logging_steps", "1", "--report_to", "none", "--num_workers", "1", "--epochs", "2"]
-FLAGS += ["--warmup_epochs", "0.2"]
+FLAGS += ["--warmup_epochs", "0.2", "--learning_rate", "1e-3"]
 BY_HAND = ROOT / "recipes/vit_tp_by_hand.py"
 
 

@@ -18,7 +18,20 @@ from transformers import ViTConfig, ViTForImageClassification
 from shared.data.loaders import MEAN, STD
 from shared.vit import pixel_statistics
 
-STEPS = ["--epochs", "2", "--warmup_epochs", "0.2", "--drop_path", "0.2", "--logging_steps", "1", "--num_workers", "1"]
+STEPS = [
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "0.2",
+    "--learning_rate",
+    "1e-3",
+    "--drop_path",
+    "0.2",
+    "--logging_steps",
+    "1",
+    "--num_workers",
+    "1",
+]
 QUIET = ["--report_to", "none"]
 
 # name: recipe, topology, processes, the recipe's flags, the launcher's flags
@@ -43,7 +56,8 @@ CASES = {
     "tp 2 x fsdp 2": ("vit_tp", "fsdp", 4, []),
     "pp 2, gpipe": ("vit_pp", "pp", 2, ["--pipeline_schedule", "gpipe", "--gradient_accumulation_steps", "2"]),
     "pp 2, 1f1b": ("vit_pp", "pp", 2, []),
-    "pp 2 x ddp 2": ("vit_pp", "pp", 4, ["--pipeline_chunks", "4"]),
+    "pp 2 x ddp 2": ("vit_pp", "pp", 4, ["--pipeline_chunks", "4", "--gradient_accumulation_steps", "2"]),
+    "pp 2 x ddp 2, gpipe": ("vit_pp", "pp", 4, ["--pipeline_schedule", "gpipe"]),
 }
 # Strategies whose checkpoints have a form of their own: stopped at step 10 and started again.
 RESUMED = {"fsdp 2", "zero3 2", "zero2 2, accumulation 2", "tp 2 x fsdp 2", "pp 2, 1f1b", "vit_fsdp 2x2"}
