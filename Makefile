@@ -36,6 +36,8 @@ bench: setup  ## the benchmarks; each prints a table and writes benchmarks/resul
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/communication.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that a rank holds under each strategy, counted, beside the arithmetic.
 
-    python benchmarks/memory.py                                             # all; about 12 minutes on 2 cores
+    python benchmarks/memory.py                                             # all: 25 launches, then fake ranks
     python benchmarks/memory.py --models S --ranks 2 --strategies fsdp      # one launch: under 30 s
     python benchmarks/memory.py --models B --ranks 1,2,4                    # real processes only
 
@@ -14,7 +14,8 @@ and stands there by formula, as `"measured": false`.
 
 The formula, for P parameters in fp32: 4 P for weights, 4 P for gradients, 8 P for Adam. (The ZeRO paper,
 arXiv:1910.02054, has 2 P, 2 P and 12 P in mixed precision, where the optimizer keeps an fp32 copy of the weights: 16 P
-in both.) Writes benchmarks/results/memory_<hardware>_<date>.json, and its chart beside it as .png.
+in both.) Writes benchmarks/results/memory_<hardware>_<date>.json (memory_part_... where flags select cases), and its
+chart beside it as .png.
 """
 
 import argparse
@@ -78,7 +79,10 @@ STRATEGIES = {
 }
 FAKE_RANKS = (8, 64, 256, 1024)
 RANKS = {"S": (1, 2, 4), "B": (4, *FAKE_RANKS), "L": FAKE_RANKS, "G": FAKE_RANKS}  # those measured by default
-WHY = {"zero1": "DeepSpeed drops other ranks' gradients when the backward ends; the paper only at stage 2"}
+WHY = {
+    "zero1": "DeepSpeed drops the other ranks' gradients at the end of the backward; the paper's stage 1 keeps them",
+    "zero2": "DeepSpeed keeps the whole gradient of a weight that two ranks share",
+}
 SIDES = {"demo": (32, 8), "H": (224, 14), "g": (224, 14), "G": (224, 14)}  # of image and patch; else (224, 16)
 
 
@@ -308,7 +312,7 @@ def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
         result = subprocess.run(command, capture_output=True, text=True, timeout=600)
         files = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         if not all(file.exists() for file in files):
-            raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+            raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}")
         return [json.loads(file.read_text()) for file in files]
 
 
@@ -424,9 +428,12 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    if any(row["how"] == "step" for row in rows):
-        plot_strategies(left, [row for row in rows if row["how"] == "step"])
-    plot_ranks(right, [row for row in rows if row["how"] == "fake" and row["strategy"] == "fsdp"])
+    real, fake = (
+        [row for row in rows if row["how"] == how and row["strategy"] in some]
+        for how, some in (("step", STRATEGIES), ("fake", ("fsdp",)))
+    )
+    for panel, function, part in ((left, plot_strategies, real), (right, plot_ranks, fake)):
+        function(panel, part) if part else panel.set_axis_off()
     figure.savefig(path, dpi=150)
 
 
@@ -471,8 +478,10 @@ def plot_ranks(axes, rows: list[dict]) -> None:
     axes.set_xticks(FAKE_RANKS, map(str, FAKE_RANKS))
     axes.set_xlim(FAKE_RANKS[0] / 1.5, FAKE_RANKS[-1] * 2)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(title="FSDP2: weights, gradients and optimizer state", xlabel="ranks", ylabel="MiB per rank")
-    axes.legend(fontsize=8)
+    axes.set(title="FSDP2, all three kinds (+ %: rank 0 over an even share)", xlabel="ranks", ylabel="MiB per rank")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 10, 1.5 * high)  # room for the legend
+    axes.legend(fontsize=8, loc="lower center", ncols=len(models))
 
 
 def parse(description: str, strategies: dict[str, Strategy], default_ranks: dict[str, tuple]) -> argparse.Namespace:
@@ -496,6 +505,11 @@ def parse(description: str, strategies: dict[str, Strategy], default_ranks: dict
     return arguments
 
 
+def results_name(benchmark: str) -> str:
+    """A run of selected cases does not replace the whole one of that day."""
+    return benchmark if len(sys.argv) == 1 else f"{benchmark}_part"
+
+
 def words(text: str) -> list[str]:
     return text.split(",")
 
@@ -511,7 +525,7 @@ def main() -> None:
     for line in sorted({f"off: {each['strategy']}: {each['why']}" for each in rows if each.get("off")}):
         print(line)
     print(table([shown(each) for each in rows if each["rank"] in (0, each["ranks"] - 1) or each["strategy"] == "pp"]))
-    path = write("memory", rows, sides=SIDES, classes=CLASSES, global_batch_size=BATCH)
+    path = write(results_name("memory"), rows, sides=SIDES, classes=CLASSES, global_batch_size=BATCH)
     plot(rows, ROOT / path.with_suffix(".png"))
     print(path)
 

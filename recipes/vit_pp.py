@@ -174,7 +174,6 @@ def clip_grad_norm(accelerator, model, max_norm):
 def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, scheduler, config, run):
     """From the run's step to the end of its epoch, or to where the run stops."""
     model.train()
-    grad_norm = None
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate():
             with stage.measure(run.will_log):

@@ -261,6 +261,10 @@ def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
     [
         ("accuracy", "--seeds 1 --max_steps 1 --num_workers 0"),
         ("overhead", "--pairs 1 --global_batch_size 512 --num_workers 0"),
+        ("throughput", "--models Ti/16 --image_sizes 224 --rungs amp --batch_sizes 1,2 --steps 2 --warmup_steps 1"),
+        ("memory", "--models S --ranks 2,64 --strategies fsdp"),
+        ("communication", "--models demo --ranks 2 --strategies fsdp"),
+        ("largest", "--sizes demo,Ti --cases whole --batch_size 4 --image_size 32"),
         ("throughput", "--rungs fp32,channels_last --image_sizes 64 --batch_sizes 2 --steps 2 --warmup_steps 1"),
     ],
 )
@@ -278,3 +282,7 @@ def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(tmp_path,
     assert result["hardware"]["versions"]["torch"]
     assert str(tmp_path) not in path.read_text()
     assert len(result["rows"]) >= 2
+    # Where a formula stands beside what was counted, they agree within 5 %.
+    ratios = [row["ratio"] for row in result["rows"] if row.get("ratio") is not None]
+    assert all(abs(ratio - 1) < 0.05 for ratio in ratios)
+    assert bool(ratios) == (script in ("memory", "communication"))
