@@ -46,7 +46,7 @@ def test_by_hand_the_losses_are_those_of_one_process(runs, plain, processes, fla
 def test_each_piece_by_hand_is_its_dense_layer(processes):
     process = python(*launch_command(processes, "local_tp.yaml"), BY_HAND, "--check")
     assert process.returncode == 0, process.stdout + process.stderr
-    rows = re.findall(r"(?m)^(\w.{20,}?) +(\d\.\de-\d+)$", process.stdout)
+    rows = re.findall(r"(?m)^(\w.{20,}?) +(\d\.\de[+-]\d+)$", process.stdout)
     titles = " ".join(title for title, _ in rows)
     assert len(rows) == 9
     for word in ("column", "row", "MLP", "attention", "embedding", "cross-entropy", "data parallelism", "DTensor"):

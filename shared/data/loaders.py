@@ -87,6 +87,8 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
+            # Its own: a draw from the global state would make initial weights depend on the number of workers.
+            generator=torch.Generator(),
             # Forked workers start at once; Python 3.14's default imports torch anew in each.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )
