@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy")
+PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy")
 
 
 def hardware() -> dict:
