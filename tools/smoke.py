@@ -48,7 +48,7 @@ def smoke(recipe: Path) -> bool:
 def command(recipe: Path, folder: str) -> list[str]:
     """The recipe under the first topology that its head names; splits take two processes where they can."""
     source = recipe.read_text()
-    config = re.search(r"local_\w+\.yaml", source)[0]
+    config = (re.findall(r"local_\w+\.yaml", source) or ["local_ddp.yaml"])[0]
     processes = 2 if config != "local_ddp.yaml" and torch.cuda.device_count() != 1 else 1
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
     launch += ["--num_processes", str(processes), str(recipe.relative_to(ROOT))]
