@@ -45,6 +45,7 @@ BOUNDS = {
     "label_smoothing": (0, 1),
     "drop_path": (0, 0.99),
     "patch_size": (1, math.inf),
+    "prefetch": (0, math.inf),
     "tensor_parallel_size": (1, math.inf),
     "pipeline_parallel_size": (1, math.inf),
     "pipeline_chunks": (1, math.inf),

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -39,6 +40,13 @@ def functions(source: str) -> dict[str, str]:
     return {node.name: ast.dump(node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
 
+def fields(source: str) -> dict[str, str]:
+    """Name -> type, default and help of each field of Config."""
+    config = next((node for node in ast.parse(source).body if getattr(node, "name", "") == "Config"), None)
+    nodes = [node for node in config.body if isinstance(node, ast.AnnAssign)] if config else []
+    return {node.target.id: ast.dump(node) for node in nodes}
+
+
 def check_head(name: str, sources: dict[str, str]) -> None:
     """Assert that `Base: X.py. Changes: a, b.` in a recipe's docstring is what its code does."""
     source = sources[name]
@@ -52,6 +60,10 @@ def check_head(name: str, sources: dict[str, str]) -> None:
     base, mine = functions(sources[head[1]]), functions(source)
     changed = {function for function in mine if mine[function] != base.get(function)}
     assert changed == set(head[2].split(", ")), f"{name} changes {sorted(changed)}, its head says {head[2]}"
+    if name.split("_")[0] == Path(head[1]).stem:  # one network: a flag of one name has one default and one meaning
+        theirs, ours = fields(sources[head[1]]), fields(source)
+        different = [field for field in ours.keys() & theirs.keys() if ours[field] != theirs[field]]
+        assert not different, f"{name}: {different} are not those of {head[1]}"
     lines = set(sources[head[1]].splitlines())
     new = [line for line in source.splitlines() if line.strip() and line not in lines]
     assert len(new) <= 0.4 * len(source.splitlines()), f"{name}: {len(new)} lines differ from {head[1]}"
@@ -75,6 +87,11 @@ def test_the_check_of_heads_finds_what_is_wrong():
     for wrong in ("Base: base.py. Changes: f8.", "Base: base.py. Changes: f7, f8.", "f7 is changed"):
         with pytest.raises(AssertionError):
             check(wrong)
+    config = "\nclass Config:\n    epochs: int = 3\n"
+    both = {"base.py": base + config, "base_two.py": derived.replace("Base: none.", "Base: base.py. Changes: f7.")}
+    check_head("base_two.py", both | {"base_two.py": both["base_two.py"] + config})
+    with pytest.raises(AssertionError, match="epochs"):
+        check_head("base_two.py", both | {"base_two.py": both["base_two.py"] + config.replace("3", "4")})
     with pytest.raises(AssertionError, match="250 lines"):
         check("Base: base.py. Changes: f7.", derived + "\n# more" * 200)
     with pytest.raises(AssertionError, match="lines differ"):
