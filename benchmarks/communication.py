@@ -24,8 +24,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import memory
-from memory import Strategy
+import launches
+from launches import BATCH, MIB, REPLICAS, SIDES, Strategy, image_of, shapes_of, stage_of, tensor_shard
 from report import ROOT, table, write
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 from torch.distributed.tensor import DTensor
@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from shared.vit import SIZES
 
-STRATEGIES = memory.STRATEGIES | {
+STRATEGIES = launches.STRATEGIES | {
     "tp": Strategy("vit_tp", "tp", (2,), lambda ranks: {"tensor_parallel_size": 2}),
     "tp_sp": Strategy("vit_tp", "tp", (2,), lambda ranks: {"tensor_parallel_size": 2, "sequence_parallel": True}),
     "pp_dp": Strategy("vit_pp", "pp", (4,), lambda _: {"pipeline_parallel_size": 2, "pipeline_chunks": 2}),
@@ -112,9 +112,9 @@ def group_size(group) -> int:
 
 def worker(arguments: argparse.Namespace) -> None:
     """One process of a launch: note the calls of a step, and write them."""
-    recipe, config = memory.recipe_and_config(arguments, STRATEGIES)
+    recipe, config = launches.recipe_and_config(arguments, STRATEGIES)
     watch = Collectives()
-    rank = memory.train(recipe, config, arguments.worker, watch)
+    rank = launches.train(recipe, config, arguments.worker, watch)
     (arguments.worker / f"{rank}.json").write_text(json.dumps(watch.calls))
 
 
@@ -123,9 +123,9 @@ def worker(arguments: argparse.Namespace) -> None:
 
 def formula(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> dict[str, tuple[float, int]]:
     """Payload bytes of a step on this rank, and the size of the group, of each collective."""
-    shapes, tensor, stages = memory.shapes_of(model), *(sizes.get(f"{kind}_parallel_size", 1) for kind in CUTS)
+    shapes, tensor, stages = shapes_of(model), *(sizes.get(f"{kind}_parallel_size", 1) for kind in CUTS)
     whole, data = 4 * sum(map(math.prod, shapes.values())), ranks // (tensor * stages)
-    images = memory.BATCH // data
+    images = BATCH // data
     if strategy == "ddp":
         return {"all-reduce": (whole, ranks)}
     if strategy.startswith("zero"):
@@ -135,7 +135,7 @@ def formula(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> di
     if strategy.startswith("pp"):
         # Activations of all chunks to the next stage, their gradients to the former one.
         stage = rank // data
-        mine = [shape for name, shape in shapes.items() if memory.stage_of(name, shapes, stages) == stage]
+        mine = [shape for name, shape in shapes.items() if stage_of(name, shapes, stages) == stage]
         sent = {"send": (((stage < stages - 1) + (stage > 0)) * activations(model, images), stages)}
         return sent | ({"all-reduce": (4 * sum(map(math.prod, mine)), data)} if data > 1 else {})
     # Each block multiplies two pairs of matrices; each pair adds up its output in the forward, and the gradient of its
@@ -154,7 +154,7 @@ def formula(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> di
 
 def activations(model: str, images: int, multiple: int = 1) -> int:
     """Bytes between two blocks: images x tokens x width in fp32, the tokens rounded up to a multiple."""
-    image_size, patch_size = memory.image_of(model).values()
+    image_size, patch_size = image_of(model).values()
     tokens = (image_size // patch_size) ** 2 + 1
     return 4 * images * -(-tokens // multiple) * multiple * SIZES[model][0]
 
@@ -162,10 +162,10 @@ def activations(model: str, images: int, multiple: int = 1) -> int:
 def of_fsdp(strategy: str, shapes: dict, ranks: int, tensor: int) -> dict[str, tuple[float, int]]:
     """Blocks are gathered for the forward and again for the backward; the root's weights (embeddings, last norm, head)
     once, since they stay. Rows are rounded up to a multiple of the shards."""
-    replicas = memory.REPLICAS if strategy == "hsdp" else 1
+    replicas = REPLICAS if strategy == "hsdp" else 1
     shards, blocks, root = ranks // (tensor * replicas), 0, 0
     for name, shape in shapes.items():
-        rows, *row = memory.tensor_shard(name, shape, tensor)
+        rows, *row = tensor_shard(name, shape, tensor)
         size = 4 * -(-rows // shards) * shards * math.prod(row)
         blocks, root = (blocks + size, root) if ".layers." in name else (blocks, root + size)
     found = {"all-gather": (2 * blocks + root, shards), "reduce-scatter": (blocks + root, shards)}
@@ -216,13 +216,13 @@ def plot_model(axes, model: str, rows: list[dict]) -> None:
     cases = sorted(most, key=lambda case: (list(STRATEGIES).index(case[0]), case[1]))
     names, bottom = [f"{strategy}\n{ranks}" for strategy, ranks in cases], [0.0] * len(cases)
     for collective, colour in COLOURS.items():
-        heights = [most[case].get(collective, {"ring_bytes": 0})["ring_bytes"] / memory.MIB for case in cases]
+        heights = [most[case].get(collective, {"ring_bytes": 0})["ring_bytes"] / MIB for case in cases]
         if any(heights):
             axes.bar(names, heights, bottom=bottom, color=colour, label=collective)
         bottom = [sum(pair) for pair in zip(bottom, heights, strict=True)]
-    expected = [sum(row["formula_ring_bytes"] for row in most[case].values()) / memory.MIB for case in cases]
+    expected = [sum(row["formula_ring_bytes"] for row in most[case].values()) / MIB for case in cases]
     axes.plot(names, expected, "_", color="black", markersize=26, label="formula")
-    title = f"ViT-{model}, {memory.image_of(model)['image_size']} px, {memory.BATCH} images a step"
+    title = f"ViT-{model}, {image_of(model)['image_size']} px, {BATCH} images a step"
     below = "strategy, ranks (tp and pp send in proportion to the images, the others to the weights)"
     axes.set(title=title, xlabel=below, ylabel="MiB sent by a rank in a step, by rings")
     axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
@@ -233,21 +233,21 @@ def shown(row: dict) -> dict:
     """A line of the printed table, MiB."""
     line = {name.replace("_bytes", "_MiB"): value for name, value in row.items() if name not in ("off", "why")}
     for name in ("payload", "ring", "formula", "formula_ring"):
-        line[f"{name}_MiB"] = row[f"{name}_bytes"] / memory.MIB
+        line[f"{name}_MiB"] = row[f"{name}_bytes"] / MIB
     return line | {"": "off" if row["off"] else "", "why": row["why"]}
 
 
 def main() -> None:
-    arguments = memory.parse(__doc__, STRATEGIES, {"demo": (), "S": ()})
+    arguments = launches.parse(__doc__, STRATEGIES, {"demo": (), "S": ()})
     if arguments.worker:
         return worker(arguments)
     rows = []
-    for case, sizes, ranks in memory.real_cases(arguments, STRATEGIES):
+    for case, sizes, ranks in launches.real_cases(arguments, STRATEGIES):
         for rank, calls in enumerate(ranks):
             expected = formula(case["strategy"], case["model"], len(ranks), rank, sizes)
             rows += rows_of(case | {"rank": rank}, calls, expected)
         print(table([shown(row) for row in rows if row.items() >= case.items() and row["rank"] in (0, 1)]))
-    path = write(memory.results_name("communication"), rows, sides=memory.SIDES, global_batch_size=memory.BATCH)
+    path = write(launches.results_name("communication"), rows, sides=SIDES, global_batch_size=BATCH)
     plot(rows, ROOT / path.with_suffix(".png"))
     print(path)
 

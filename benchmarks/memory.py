@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that a rank holds under each strategy, counted, beside the arithmetic.
 
-    python benchmarks/memory.py                                             # all: 25 launches, then fake ranks
+    python benchmarks/memory.py                                             # all: 33 launches, then fake ranks
     python benchmarks/memory.py --models S --ranks 2 --strategies fsdp      # one launch: under 30 s
     python benchmarks/memory.py --models B --ranks 1,2,4                    # real processes only
 
@@ -21,22 +21,17 @@ chart beside it as .png.
 import argparse
 import contextlib
 import gc
-import importlib
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
+import launches
 import torch
+from launches import BATCH, CLASSES, MIB, REPLICAS, SIDES, STRATEGIES, image_of, shapes_of, tensor_of
 from report import ROOT, table, write
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,67 +39,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(ROOT / "recipes"))
+from shared.accelerator import MESH
+from shared.vit import SIZES
 
-from shared.accelerator import MESH, build_accelerator, data_parallel
-from shared.config import RunConfig
-from shared.data import Batch
-from shared.tracking import Run
-from shared.vit import SIZES, VisionTransformer, vit_config
-
-CLASSES, STEPS, BATCH = 1000, 1000, 4
-REPLICAS = 2  # of local_hsdp.yaml
-KINDS, MIB, GIB = ("parameters", "gradients", "optimizer"), 2**20, 2**30
-
-
-class Strategy(NamedTuple):
-    """The recipe, the YAML of its launch, real ranks, and the recipe's sizes for a number of ranks."""
-
-    recipe: str
-    config: str
-    ranks: tuple[int, ...]
-    sizes: Callable[[int], dict] = lambda ranks: {}
-
-
-STRATEGIES = {
-    "ddp": Strategy("vit", "ddp", (1, 2, 4)),
-    "fsdp": Strategy("vit_fsdp", "fsdp", (2, 4)),
-    "hsdp": Strategy("vit_fsdp", "hsdp", (4,)),
-    "zero1": Strategy("vit_zero", "zero1", (2, 4)),
-    "zero2": Strategy("vit_zero", "zero2", (2, 4)),
-    "zero3": Strategy("vit_zero", "zero3", (2, 4)),
-    "tp": Strategy("vit_tp", "tp", (2, 4), lambda ranks: {"tensor_parallel_size": ranks}),
-    "tp_fsdp": Strategy("vit_tp", "fsdp", (4,), lambda ranks: {"tensor_parallel_size": 2}),
-    "pp": Strategy("vit_pp", "pp", (2, 4), lambda ranks: {"pipeline_parallel_size": ranks, "pipeline_chunks": 4}),
-}
+KINDS, GIB = ("parameters", "gradients", "optimizer"), 2**30
 FAKE_RANKS = (8, 64, 256, 1024)
-RANKS = {"S": (1, 2, 4), "B": (4, *FAKE_RANKS), "L": FAKE_RANKS, "G": FAKE_RANKS}  # those measured by default
+RANKS = {"S": (1, 2, 4), "B": (1, 2, 4, *FAKE_RANKS), "L": FAKE_RANKS, "G": FAKE_RANKS}  # those measured by default
 WHY = {
     "zero1": "DeepSpeed drops the other ranks' gradients at the end of the backward; the paper's stage 1 keeps them",
     "zero2": "DeepSpeed keeps the whole gradient of a weight that two ranks share",
 }
-SIDES = {"demo": (32, 8), "H": (224, 14), "g": (224, 14), "G": (224, 14)}  # of image and patch; else (224, 16)
 
 
 # The arithmetic
-
-
-def image_of(model: str) -> dict[str, int]:
-    return dict(zip(("image_size", "patch_size"), SIDES.get(model, (224, 16)), strict=True))
-
-
-def shapes_of(model: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        network = VisionTransformer(vit_config(model, **image_of(model), num_classes=CLASSES, drop_path=0.0))
-    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def formula(strategy: str, shapes: dict, ranks: int, rank: int, sizes: dict) -> dict[str, float]:
     """Bytes of parameters, gradients and optimizer state on this rank."""
     tensor = sizes.get("tensor_parallel_size", 1)
     if strategy == "pp":
-        shapes = {name: shape for name, shape in shapes.items() if stage_of(name, shapes, ranks) == rank}
-    local = [tensor_shard(name, shape, tensor) for name, shape in shapes.items()]
+        shapes = {name: shape for name, shape in shapes.items() if launches.stage_of(name, shapes, ranks) == rank}
+    local = [launches.tensor_shard(name, shape, tensor) for name, shape in shapes.items()]
     whole = sum(map(math.prod, local))
     if strategy.startswith("zero"):
         stage, share = int(strategy[-1]), whole / ranks
@@ -122,23 +77,6 @@ def formula(strategy: str, shapes: dict, ranks: int, rank: int, sizes: dict) -> 
 
 def by_kind(*figures) -> dict:
     return dict(zip(KINDS, figures, strict=True))
-
-
-def tensor_shard(name: str, shape: torch.Size, size: int) -> tuple[int, ...]:
-    """Columns of the first products, rows of the second ones (torch stores weights transposed); the rest is whole."""
-    if name.rsplit(".", 2)[-2] in ("q_proj", "k_proj", "v_proj", "fc1"):
-        return shape[0] // size, *shape[1:]
-    if name.endswith(("o_proj.weight", "fc2.weight")):
-        return shape[0], shape[1] // size
-    return tuple(shape)
-
-
-def stage_of(name: str, shapes: dict, stages: int) -> int:
-    """Stage s of p ends before block L (s + 1) / p, rounded down; the first has the embeddings, the last the head."""
-    blocks = 1 + max(int(each.split(".")[2]) for each in shapes if each.startswith("vit.layers."))
-    if not name.startswith("vit.layers."):
-        return 0 if name.startswith("vit.embeddings.") else stages - 1
-    return next(s for s in range(stages) if int(name.split(".")[2]) < blocks * (s + 1) // stages)
 
 
 # What a tensor takes
@@ -229,50 +167,6 @@ class LiveTensors(TorchDispatchMode):
 # Real ranks
 
 
-def build(recipe, accelerator, config) -> tuple:
-    """As the recipe's main does: the model, what else its loop takes of a pipeline, the optimizer, the scheduler."""
-    name = recipe.__name__
-    first = (accelerator,) if name == "vit_zero" else ()
-    model = recipe.build_model(*first, config, CLASSES, 0)
-    if name in ("vit", "vit_zero"):
-        optimizer, scheduler = recipe.build_optimizer(*first, model, config, STEPS)
-        model, optimizer = recipe.parallelize(accelerator, model, optimizer, config)
-        return model, (), optimizer, scheduler
-    model = recipe.parallelize(accelerator, model, config, *((0,) if name == "vit_fsdp" else ()))
-    model, *pipeline = model if name == "vit_pp" else (model,)
-    optimizer, scheduler = recipe.build_optimizer(model, config, STEPS)
-    return model, pipeline, accelerator.prepare_optimizer(optimizer), scheduler
-
-
-def train(recipe, config, folder: Path, watch: AbstractContextManager, before_update: Callable | None = None) -> int:
-    """Two steps of the recipe's own loop on made-up images, the second watched; returns this process's rank."""
-    accelerator = build_accelerator(0, config, getattr(recipe, "STRATEGIES", ("ddp",)))
-    model, pipeline, optimizer, scheduler = build(recipe, accelerator, config)
-    flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
-    run_config = RunConfig(output_dir=str(folder / "run"), **flags)
-    run = Run(accelerator, run_config, config, [str(number) for number in range(CLASSES)], STEPS)
-    images = config.global_batch_size // data_parallel(accelerator)[1]
-    size, device = config.image_size, accelerator.device
-    ones = [torch.ones(images, dtype=kind, device=device) for kind in (torch.int64, torch.bool, torch.int64)]
-    batch, stack = Batch(torch.randn(images, 3, size, size, device=device), *ones, digest=0), ExitStack()
-    loader = SimpleNamespace(starting_at=lambda step: itertools.repeat(batch))
-    # The loop calls it after every step.
-    run.profiler = SimpleNamespace(step=lambda: stack.enter_context(watch) if run.step == 1 else stack.close())
-    updating = model if recipe.__name__ == "vit_zero" else optimizer  # DeepSpeed's engine updates within the backward
-    update = updating.step
-
-    def noted_update() -> None:
-        if run.step == 1 and before_update:
-            before_update(model, optimizer)
-        update()
-
-    updating.step = noted_update
-    recipe.train_one_epoch(accelerator, model, *pipeline, loader, optimizer, scheduler, config, run)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return accelerator.process_index
-
-
 @contextlib.contextmanager
 def cuda_peak() -> Iterator[SimpleNamespace]:
     torch.cuda.reset_peak_memory_stats()
@@ -282,7 +176,7 @@ def cuda_peak() -> Iterator[SimpleNamespace]:
 
 def worker(arguments: argparse.Namespace) -> None:
     """One process of a launch: count, and write what this rank held."""
-    recipe, config = recipe_and_config(arguments, STRATEGIES)
+    recipe, config = launches.recipe_and_config(arguments, STRATEGIES)
     counted, on_gpu = {}, torch.cuda.is_available()
     watch = cuda_peak() if on_gpu else LiveTensors()
 
@@ -291,49 +185,9 @@ def worker(arguments: argparse.Namespace) -> None:
         live = torch.cuda.memory_allocated() if on_gpu else watch.total
         counted["other"] = live - sum(counted.values())
 
-    rank = train(recipe, config, arguments.worker, watch, before_update)
+    rank = launches.train(recipe, config, arguments.worker, watch, before_update)
     counted["peak"] = torch.cuda.max_memory_allocated() if on_gpu else watch.peak
     (arguments.worker / f"{rank}.json").write_text(json.dumps(counted))
-
-
-def recipe_and_config(arguments: argparse.Namespace, strategies: dict[str, Strategy]) -> tuple:
-    """Of a worker's one strategy and model."""
-    model, strategy = arguments.models[0], strategies[arguments.strategies[0]]
-    recipe, sizes = importlib.import_module(strategy.recipe), strategy.sizes(int(os.environ["WORLD_SIZE"]))
-    return recipe, recipe.Config(model=model, global_batch_size=BATCH, **image_of(model), **sizes)
-
-
-def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
-    """What each rank of the worker, in the benchmark that runs, wrote."""
-    config = str(ROOT / "accelerate_configs" / f"local_{strategy.config}.yaml")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        command += ["--num_processes", str(ranks), sys.argv[0], *flags, "--worker", folder]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        files = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
-        if not all(file.exists() for file in files):
-            raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}")
-        return [json.loads(file.read_text()) for file in files]
-
-
-def real_cases(arguments: argparse.Namespace, strategies: dict[str, Strategy]) -> Iterator[tuple[dict, dict, list]]:
-    """The case, the recipe's sizes, and what each rank wrote."""
-    for model, name in itertools.product(arguments.models, arguments.strategies):
-        possible = strategies[name].ranks
-        for ranks in [each for each in possible if each in (arguments.ranks[model] or possible[-1:])]:
-            sizes = strategies[name].sizes(ranks)
-            heads_divide = SIZES[model][2] % sizes.get("tensor_parallel_size", 1) == 0  # ViT-S has 6
-            if heads_divide and has_devices(ranks):
-                case = {"model": model, "strategy": name, "ranks": ranks, **tensor_of(sizes)}
-                yield case, sizes, launch(strategies[name], ranks, ["--models", model, "--strategies", name])
-
-
-def has_devices(ranks: int) -> bool:
-    return not torch.cuda.is_available() or ranks <= torch.cuda.device_count()
-
-
-def tensor_of(sizes: dict) -> dict:
-    return {"tensor": sizes["tensor_parallel_size"]} if "tensor_parallel_size" in sizes else {}
 
 
 def row(case: dict, how: str, counted: dict, expected: dict) -> dict:
@@ -349,7 +203,7 @@ def row(case: dict, how: str, counted: dict, expected: dict) -> dict:
 
 
 def real_rows(arguments: argparse.Namespace) -> Iterator[dict]:
-    for case, sizes, ranks in real_cases(arguments, STRATEGIES):
+    for case, sizes, ranks in launches.real_cases(arguments, STRATEGIES):
         for rank, counted in enumerate(ranks):
             expected = formula(case["strategy"], shapes_of(case["model"]), len(ranks), rank, sizes)
             yield row(case | {"rank": rank}, "step", counted, expected)
@@ -484,38 +338,8 @@ def plot_ranks(axes, rows: list[dict]) -> None:
     axes.legend(fontsize=8, loc="lower center", ncols=len(models))
 
 
-def parse(description: str, strategies: dict[str, Strategy], default_ranks: dict[str, tuple]) -> argparse.Namespace:
-    """The command line; `ranks` becomes those of each model. Default ranks of () are the most that a strategy has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, default = (
-        parser.add_argument,
-        "; ".join(f"{model}: {ranks or 'most'}" for model, ranks in default_ranks.items()),
-    )
-    add("--models", type=words, default=",".join(default_ranks), help=f"some of {','.join(SIZES)} (%(default)s)")
-    add("--strategies", type=words, default=",".join(strategies), help="some of %(default)s (all)")
-    add("--ranks", type=words, help=f"numbers of processes ({default})")
-    add("--worker", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    for name, known in (("models", SIZES), ("strategies", strategies)):
-        unknown = set(getattr(arguments, name)) - set(known)
-        if unknown:
-            parser.error(f"--{name} {unknown.pop()} is unknown. Known: {', '.join(known)}.")
-    asked = tuple(map(int, arguments.ranks)) if arguments.ranks else ()
-    arguments.ranks = {model: asked or default_ranks.get(model, (4,)) for model in arguments.models}
-    return arguments
-
-
-def results_name(benchmark: str) -> str:
-    """A run of selected cases does not replace the whole one of that day."""
-    return benchmark if len(sys.argv) == 1 else f"{benchmark}_part"
-
-
-def words(text: str) -> list[str]:
-    return text.split(",")
-
-
 def main() -> None:
-    arguments = parse(__doc__, STRATEGIES, RANKS)
+    arguments = launches.parse(__doc__, STRATEGIES, RANKS)
     if arguments.worker:
         return worker(arguments)
     rows = []
@@ -525,7 +349,7 @@ def main() -> None:
     for line in sorted({f"off: {each['strategy']}: {each['why']}" for each in rows if each.get("off")}):
         print(line)
     print(table([shown(each) for each in rows if each["rank"] in (0, each["ranks"] - 1) or each["strategy"] == "pp"]))
-    path = write(results_name("memory"), rows, sides=SIDES, classes=CLASSES, global_batch_size=BATCH)
+    path = write(launches.results_name("memory"), rows, sides=SIDES, classes=CLASSES, global_batch_size=BATCH)
     plot(rows, ROOT / path.with_suffix(".png"))
     print(path)
 

@@ -15,8 +15,10 @@ Base: none.
     $L --num_processes 4 recipes/vit_tp_by_hand.py        # the same, and two halves of the batch (TP 2 x DP 2)
     $L recipes/vit_tp_by_hand.py --check                  # each piece against its dense layer, and against DTensor
 
-To learn from, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) beside it; vit_tp.py is the one to train
-with. The losses are those of vit.py. It keeps no checkpoints: a run that was cut off starts anew.
+When: to learn, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) beside it, why ViT-S at 224 px makes each
+of two processes send 55 MiB for 4 images, and as much more for each 4 more, where DDP's 84 never grow
+(benchmarks/results/communication_cpu2_2026-11-23.json). To train, take vit_tp.py: this one keeps no checkpoints, and a
+run that was cut off starts anew. The losses are those of vit.py.
 
 Longer than 250 lines: --check stands beside what it checks.
 """

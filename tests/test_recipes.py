@@ -99,6 +99,16 @@ def test_the_check_of_heads_finds_what_is_wrong():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_says_when_to_choose_it_by_a_measurement(recipe):
+    head = ast.get_docstring(ast.parse(recipe.read_text()))
+    (when,) = [part for part in head.split("\n\n") if part.startswith("When: ")]
+    results = re.findall(r"benchmarks/results/\w[\w.-]*\.json", head)
+    assert results
+    assert all((ROOT / path).exists() for path in results)
+    assert re.search(r"\d", when)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_each_recipe_carries_its_dependencies_and_shows_its_lesson(recipe):
     source = recipe.read_text()
     block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source)[1]
