@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,9 +69,17 @@ def launch_command(num_processes: int = 1, config_file: str = "local_ddp.yaml", 
     return words + [word for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def train(folder: Path, *arguments: str, recipe: Path = ROOT / "recipes/resnet.py", **launch) -> Result:
-    """Run a recipe to its end under the launcher; fails the test if it fails."""
-    process = python(*launch_command(**launch), recipe, "--output_dir", folder, *arguments)
+def train(
+    folder: Path,
+    *arguments: str,
+    recipe: Path = ROOT / "recipes/resnet.py",
+    server: forked.Server | None = None,
+    **launch,
+) -> Result:
+    """Run a recipe to its end under the launcher, which the server forks where one is given; fails the test if it
+    fails."""
+    module, launcher, *words = [*launch_command(**launch), str(recipe), "--output_dir", str(folder), *arguments]
+    process = server.launch(words) if server else python(module, launcher, *words)
     assert process.returncode == 0, process.stdout + process.stderr
     return Result(process, Path(folder))
 
@@ -77,6 +87,14 @@ def train(folder: Path, *arguments: str, recipe: Path = ROOT / "recipes/resnet.p
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[forked.Server]:
+    """For the tests that launch many strategies."""
+    server = forked.Server(environment(), tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ Twenty steps of the demonstration's network in fp32, with clipping and stochasti
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, Result, python, train
+from forked import Server
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -63,13 +66,25 @@ CASES = {
 RESUMED = {"fsdp 2", "zero3 2", "zero2 2, accumulation 2", "tp 2 x fsdp 2", "pp 2, 1f1b", "vit_fsdp 2x2"}
 
 
-def run(
-    folder: Path, recipe: str, topology: str, processes: int, flags: list[str], steps: int = 20, **launch
+@pytest.fixture(scope="module")
+def run(server) -> Callable[..., Result]:
+    return partial(launched, server)
+
+
+def launched(
+    server: Server | None,
+    folder: Path,
+    recipe: str,
+    topology: str,
+    processes: int,
+    flags: list[str],
+    steps: int = 20,
+    **launch: str,
 ) -> Result:
     limit = ["--max_steps", str(steps)]
     path = ROOT / "recipes" / f"{recipe}.py"
     launch = {"num_processes": processes, "config_file": f"local_{topology}.yaml"} | launch
-    return train(folder, *STEPS, *QUIET, *limit, *flags, recipe=path, **launch)
+    return train(folder, *STEPS, *QUIET, *limit, *flags, recipe=path, server=server, **launch)
 
 
 def weights(result: Result) -> dict[str, torch.Tensor]:
@@ -82,7 +97,7 @@ def weights(result: Result) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def single(runs) -> Result:
+def single(run, runs) -> Result:
     return run(runs / "vit-single", "vit", "ddp", 1, [])
 
 
@@ -93,7 +108,7 @@ def test_the_reference_learns_and_clips(single):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_strategy_has_the_curve_and_the_weights_of_one_process(runs, single, name):
+def test_each_strategy_has_the_curve_and_the_weights_of_one_process(run, runs, single, name):
     recipe, topology, processes, flags = CASES[name]
     folder = runs / name.replace(" ", "-").replace(",", "")
     if name in RESUMED:
@@ -127,7 +142,7 @@ def test_names_are_those_of_the_plain_model(single):
     assert set(weights(single)) == set(plain.state_dict())
 
 
-def test_zero_ends_with_a_folder_for_transformers(runs):
+def test_zero_ends_with_a_folder_for_transformers(run, runs):
     result = run(runs / "zero-export", "vit_zero", "zero3", 2, [], steps=2)
     model = ViTForImageClassification.from_pretrained(result.folder / "pretrained")
     same_weights(dict(model.state_dict()), weights(result))
@@ -136,7 +151,7 @@ def test_zero_ends_with_a_folder_for_transformers(runs):
     assert std == pytest.approx(STD, rel=1e-6)
 
 
-def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(runs):
+def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(run, runs):
     """Activations of min(m, p - s) chunks wait in stage s under 1f1b."""
     result = run(runs / "pp-report", "vit_pp", "pp", 2, ["--pipeline_chunks", "8"], steps=2)
     rows = [line.split() for line in result.text.splitlines() if line.strip().startswith(("0  ", "1  "))]
@@ -161,12 +176,12 @@ HALF = {
 
 
 @pytest.fixture(scope="module")
-def half(runs) -> Result:
+def half(run, runs) -> Result:
     return run(runs / "vit-bf16", "vit", "ddp", 1, [], steps=8, mixed_precision="bf16")
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_bf16_stays_within_its_rounding(runs, single, half, name):
+def test_bf16_stays_within_its_rounding(run, runs, single, half, name):
     recipe, topology, processes = HALF[name]
     folder = runs / f"bf16-{name.replace(' ', '-')}"
     result = run(folder, recipe, topology, processes, [], steps=8, mixed_precision="bf16")
@@ -192,7 +207,7 @@ def pretrained(runs) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(runs, pretrained) -> Result:
+def tuned(run, runs, pretrained) -> Result:
     return run(runs / "tuned", "vit", "ddp", 1, ["--pretrained", str(pretrained)], steps=5)
 
 
@@ -207,7 +222,7 @@ TUNED = {
 
 
 @pytest.mark.parametrize("name", TUNED)
-def test_each_strategy_fine_tunes_alike(runs, tuned, pretrained, name):
+def test_each_strategy_fine_tunes_alike(run, runs, tuned, pretrained, name):
     recipe, topology, processes = TUNED[name]
     folder = runs / f"tuned-{name.replace(' ', '-')}"
     result = run(folder, recipe, topology, processes, ["--pretrained", str(pretrained)], steps=5)
@@ -215,12 +230,12 @@ def test_each_strategy_fine_tunes_alike(runs, tuned, pretrained, name):
     assert weights(result)["vit.embeddings.position_embeddings"].shape == (1, 17, 64)
 
 
-def test_a_pretrained_network_is_looked_for_in_dsdir_too(runs, pretrained, tuned, monkeypatch, tmp_path):
+def test_a_pretrained_network_is_looked_for_in_dsdir_too(pretrained, tuned, monkeypatch, tmp_path):
     home = tmp_path / "HuggingFace_Models/lab"
     home.mkdir(parents=True)
     (home / "vit").symlink_to(pretrained)
     monkeypatch.setenv("DSDIR", str(tmp_path))
-    found = run(tmp_path / "run", "vit", "ddp", 1, ["--pretrained", "lab/vit"], steps=2)
+    found = launched(None, tmp_path / "run", "vit", "ddp", 1, ["--pretrained", "lab/vit"], steps=2)
     assert found.series("loss") == tuned.series("loss")[:2]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     lost = python(ROOT / "recipes/vit.py", "--pretrained", "lab/other", "--output_dir", tmp_path / "other")
