@@ -143,6 +143,11 @@ def test_positions_are_interpolated_and_the_head_starts_anew(tmp_path):
     positions = saved.vit.embeddings.position_embeddings.data
     assert torch.equal(other.vit.embeddings.position_embeddings.data, resize_positions(positions, 8))
     torch.testing.assert_close(resize_positions(torch.ones(1, 37, 4), 8), torch.ones(1, 65, 4))
+    ramp = torch.arange(6.0).repeat_interleave(6).view(1, 36, 1)  # the row that each patch lies in
+    _, resized = resize_positions(torch.cat([torch.zeros(1, 1, 1), ramp], dim=1), 8).view(65).split([1, 64])
+    rows = resized.view(8, 8)
+    assert (rows - rows[:, :1]).abs().max() < 1e-5
+    assert (rows[:, 0].diff() > 0.5).all()
     assert pixel_statistics(tmp_path) is None
     with pytest.raises(UserError, match="no multiple of the patch size"):
         load_pretrained(tmp_path, 50, 10, 0.0, seed=0)
