@@ -88,18 +88,18 @@ class Config:
 
 def build_loaders(accelerator, run_config, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
-    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
-    rank, size = data_parallel(accelerator)
+    (rank, size), seed = data_parallel(accelerator), run_config.seed
+    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
     eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
     eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
 
     def loader(source, view, order):
-        views = Views(source, view, config.image_size, run_config.seed)
-        return Loader(views, order, accelerator.device, run_config.num_workers, statistics=statistics)
+        views = Views(source, view, order, config.image_size, seed)
+        return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
 

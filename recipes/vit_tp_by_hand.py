@@ -241,17 +241,17 @@ def build_model(config, sizes, seed, device):
 
 def build_loaders(accelerator, run_config, config):
     """Loaders by data-parallel rank: the processes that share layers see the same samples."""
-    train, held_out = open_data(run_config.data, run_config.val_fraction, run_config.seed)
-    rank, size = data_parallel(accelerator)
+    (rank, size), seed = data_parallel(accelerator), run_config.seed
+    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=0.8, horizontal_flip=False)
     eval_view = partial(evaluation_view, eval_crop_ratio=1.0)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, run_config.seed)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
     eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
 
     def loader(source, view, order):
-        views = Views(source, view, config.image_size, run_config.seed)
-        return Loader(views, order, accelerator.device, run_config.num_workers)
+        views = Views(source, view, order, config.image_size, seed)
+        return Loader(views, accelerator.device, run_config.num_workers)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
 

@@ -53,6 +53,8 @@ BOUNDS = {
     "eval_crop_ratio": (1e-6, 1),
     "val_fraction": (0, 0.9),
     "num_workers": (0, math.inf),
+    "max_torn": (0, 1),
+    "shuffle_block": (0, math.inf),
     "logging_steps": (1, math.inf),
     "seed": (0, 2**63 - 1),
 }
@@ -66,9 +68,13 @@ class UserError(ValueError):
 class RunConfig:
     """Where a run reads and writes. Only IDENTITY of these decides what is learned; the rest may change on resume."""
 
-    data: str = HfArg(default="digits", help="the word digits, a folder of class folders, or a CSV path,label,split")
+    data: str = HfArg(
+        default="digits", help="the word digits, a folder (class folders, tar shards, parquet), or a CSV"
+    )
     val_fraction: float = HfArg(default=0.0, help="share of images held out, per class, where the data has no split")
+    shuffle_block: int = HfArg(default=0, help="tar shards whose images are shuffled together; 0 = all of them")
     seed: int = HfArg(default=0, help="decides weights, sample order and augmentation")
+    max_torn: float = HfArg(default=0.001, help="share of images that may fail to decode before the run stops")
     num_workers: int = HfArg(default=2, help="loader processes per training process; 0 decodes in the training loop")
     max_steps: int = HfArg(default=0, help="stop after this many steps, schedule unchanged; 0 = run all epochs")
     logging_steps: int = HfArg(default=10, help="steps between two lines of metrics.jsonl")
@@ -81,7 +87,7 @@ class RunConfig:
     profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
 
 
-IDENTITY = ("data", "val_fraction", "seed")
+IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
 
 
 class _Parser(HfArgumentParser):

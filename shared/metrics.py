@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .accelerator import all_reduce_sum
+from .data.loaders import TORN
 
 
 class Evaluation:
@@ -20,11 +21,14 @@ class Evaluation:
         losses = cross_entropy(logits.float(), labels, reduction="none")
         correct = logits.argmax(dim=1) == labels
         # Stays on the device: a copy to the host here would make every batch wait for the one before.
-        self.sums.append(torch.stack([(correct & valid).sum(), losses.where(valid, 0).sum(), valid.sum()]))
+        counts = [(correct & valid).sum(), losses.where(valid, 0).sum(), valid.sum(), (labels == TORN).sum()]
+        self.sums.append(torch.stack(counts))
 
     def result(self, accelerator: Accelerator, expected_samples: int) -> dict[str, float]:
-        """Accuracy (0 to 1), eval_loss (nats) and eval_samples over all processes."""
+        """Accuracy (0 to 1), eval_loss (nats) and eval_samples over all processes; eval_torn where images were left
+        out because they could not be decoded."""
         sums = torch.stack(self.sums).cpu().double().sum(dim=0).tolist()
-        correct, loss, count = all_reduce_sum(accelerator, sums)
-        assert count == expected_samples, f"{count} samples were evaluated, not {expected_samples}"
-        return {"accuracy": correct / count, "eval_loss": loss / count, "eval_samples": int(count)}
+        correct, loss, count, torn = all_reduce_sum(accelerator, sums)
+        assert count + torn == expected_samples, f"{count} + {torn} samples were evaluated, not {expected_samples}"
+        left_out = {"eval_torn": int(torn)} if torn else {}
+        return {"accuracy": correct / count, "eval_loss": loss / count, "eval_samples": int(count), **left_out}

@@ -58,7 +58,7 @@ class Run:
         self.checkpoint, self.former = on_main_process(accelerator, self._claim)
         self.finished = self.former.get("status") == "finished" and self.former["steps"] >= self.last_step
         self.step, self.first_step, self.evaluation = 0, 0, {}
-        self.train_seconds, self.launched = 0.0, time.perf_counter()
+        self.torn, self.train_seconds, self.launched = 0, 0.0, time.perf_counter()
         self.profiler = SimpleNamespace(step=lambda: None)
         self._start_window()
         if not self.finished:
@@ -170,6 +170,7 @@ class Run:
         self.losses.append(loss.detach())
         self.digest += batch.digest
         self.wait_seconds += batch.wait_seconds
+        self.torn += len(batch.torn)
 
     def end_step(self, learning_rate: float, grad_norm: Tensor | None) -> None:
         """A global batch is done: every logging_steps a line goes to metrics.jsonl, the trackers and the bar.
@@ -182,14 +183,15 @@ class Run:
         if logged:
             self._log_step(learning_rate, grad_norm)
         self.losses, self.digest = [], 0
+        self.torn *= self.step % self.epoch_steps > 0
 
     def _log_step(self, learning_rate: float, grad_norm: Tensor) -> None:
         size = data_parallel(self.accelerator)[1]
         mean_loss = torch.stack(self.losses).mean().item()  # waits for the device
         seconds = time.perf_counter() - self.window_start
         # The digest in two halves: float64 adds 32-bit numbers exactly.
-        parts = [mean_loss, self.digest >> 32 & 0xFFFFFFFF, self.digest & 0xFFFFFFFF, self.wait_seconds]
-        loss, high, low, wait = all_reduce_sum(self.accelerator, parts)
+        parts = [mean_loss, self.digest >> 32 & 0xFFFFFFFF, self.digest & 0xFFFFFFFF, self.wait_seconds, self.torn]
+        loss, high, low, wait, torn = all_reduce_sum(self.accelerator, parts)
         samples = self.step * self.config.global_batch_size
         rate = (self.step - self.window_step) * self.config.global_batch_size / seconds
         self._log(
@@ -203,20 +205,31 @@ class Run:
                 "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
                 "samples_per_second": round(rate, 1),
                 "data_wait_fraction": round(wait / size / seconds, 4),
+                **({"torn": int(torn)} if torn else {}),
             }
         )
+        self._refuse_torn(int(torn), self.epoch_steps * self.config.global_batch_size)
         self.bar.set_postfix(self._shown(loss / size, rate), refresh=False)
         self._end_window()
+
+    def _refuse_torn(self, torn: int, images: int) -> None:
+        if torn > self.run_config.max_torn * images:
+            raise UserError(
+                f"{torn} of {images} images cannot be decoded; each is named above. Mend the data, or accept more: "
+                f"--max_torn {torn / images * 1.5:.2g} (it is {self.run_config.max_torn:g})."
+            )
 
     def _shown(self, loss: float, rate: float) -> dict[str, str]:
         accuracy = {"accuracy": f"{self.evaluation['accuracy']:.2%}"} if self.evaluation else {}
         return {"loss": f"{loss:.4f}", **accuracy, "images/s": f"{rate:.0f}"}
 
     def log_evaluation(self, result: dict[str, float]) -> None:
-        """Record accuracy, eval_loss and eval_samples after this step; also say them in a line."""
+        """Record accuracy, eval_loss and eval_samples (and eval_torn) after this step; also say them in a line."""
         self._end_window()
         epoch = (self.step - 1) // self.epoch_steps
         self.evaluation = {"step": self.step, "epoch": epoch, **result}
+        torn = result.get("eval_torn", 0)
+        self._refuse_torn(torn, torn + result["eval_samples"])
         self._log(self.evaluation)
         if self.accelerator.is_main_process:
             self._write_summary("running")

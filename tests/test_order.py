@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law 1: a run is a function of seed, config and data, never of topology."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,7 @@ from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, open_data
 GLOBAL_BATCH = 24
 
 
-def view(image, image_size, seed):
-    return training_view(image, image_size, seed, min_crop_area=0.3, horizontal_flip=True)
+view = partial(training_view, min_crop_area=0.3, horizontal_flip=True)
 
 
 def samples_by_step(size: int, micro_batch_size: int, num_workers: int, first_step: int = 0) -> list[dict]:
@@ -21,7 +22,7 @@ def samples_by_step(size: int, micro_batch_size: int, num_workers: int, first_st
     steps: list[list] = [[] for _ in range(3)]
     for rank in range(size):
         order = TrainingOrder(len(train), GLOBAL_BATCH, micro_batch_size, rank, size, seed=7)
-        loader = Loader(Views(train, view, 24, seed=7), order, torch.device("cpu"), num_workers)
+        loader = Loader(Views(train, view, order, 24, seed=7), torch.device("cpu"), num_workers)
         batches = list(loader.starting_at(first_step))
         assert len(batches) == (3 - first_step % 3) * GLOBAL_BATCH // size // micro_batch_size
         each = GLOBAL_BATCH // size // micro_batch_size

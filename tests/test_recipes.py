@@ -138,7 +138,7 @@ def bound(requirement: str) -> Version:
 
 def test_shared_stays_small_and_imports_no_recipe():
     sources = {path: path.read_text() for path in (ROOT / "shared").rglob("*.py")}
-    assert sum(len(source.splitlines()) for source in sources.values()) < 2000
+    assert sum(len(source.splitlines()) for source in sources.values()) < 2500
     for path, source in sources.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -236,6 +236,9 @@ def test_each_other_command_of_the_readme_is_one_that_exists():
             assert words[1] in targets, line
         elif words[0] in ("cp", "diff"):
             assert all((ROOT / word).exists() for word in words[1:] if "/" in word and "my_project" not in word), line
+        elif words[0] == "python":
+            assert words[1].startswith("tools/"), line
+            assert (ROOT / words[1]).exists(), line
         else:
             assert words[0] in ("git", "cd", "source", "mkdir", "tensorboard"), line
 

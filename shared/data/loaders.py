@@ -6,24 +6,24 @@ The loaders are already this process's own: they must not go through `accelerato
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..config import UserError
+from .decode import View, render
 from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
 from .sources import Source
 
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-
-View = Callable[[Image.Image, int, int], Image.Image]
+TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
 
 class Batch(NamedTuple):
@@ -35,15 +35,21 @@ class Batch(NamedTuple):
     valid: Tensor  # (B,) bool: False where a sample only pads an evaluation batch
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
     digest: int  # of sample indices and augmentation seeds, see order.digest
+    torn: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
     wait_seconds: float = 0.0  # that the training loop stood still for this batch
 
 
 @dataclass(frozen=True)
 class Views(Dataset):
-    """The images of a source as the network sees them; indexed by (epoch, sample index), a batch at a time."""
+    """The images of a source as the network sees them; indexed by (epoch, sample index), a batch at a time.
+
+    An image that cannot be decoded is named in the batch. In training the order's next sound sample takes its place,
+    the same one on any topology; in an evaluation the place stays empty and is not counted.
+    """
 
     source: Source
     view: View
+    order: TrainingOrder | EvaluationOrder
     image_size: int
     seed: int
 
@@ -51,16 +57,34 @@ class Views(Dataset):
         return len(self.source)
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> Batch:
-        indices = [index for _, index in samples]
-        seeds = [augmentation_seed(self.seed, epoch, index) for epoch, index in samples]
-        valid = np.array(indices) >= 0
-        images = np.zeros((len(samples), self.image_size, self.image_size, 3), dtype=np.uint8)
-        for row in np.flatnonzero(valid):
-            images[row] = self.view(self.source.image(indices[row]), self.image_size, seeds[row])
-        labels = np.where(valid, self.source.labels[indices], 0)
-        signed = np.array(seeds, dtype=np.uint64).view(np.int64)
-        tensors = (torch.from_numpy(array) for array in (images, labels, valid, signed))
-        return Batch(*tensors, digest=digest(indices, seeds))
+        images = torch.zeros(len(samples), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        drawn, torn = np.full(len(samples), -1), []
+        seeds = np.zeros(len(samples), dtype=np.uint64)
+        for row, (epoch, first) in enumerate(samples):
+            index = first
+            while index >= 0:
+                seeds[row] = seed = augmentation_seed(self.seed, epoch, index)
+                try:
+                    self._render(index, seed, images[row])
+                    drawn[row] = index
+                    break
+                except (OSError, ValueError) as error:
+                    if index == first:  # one that was to replace it is named where it is drawn itself
+                        torn.append(f"{self.source.images.name(index)}: {error}")
+                    index = self.order.after(epoch, index)
+                    if index == first:
+                        raise UserError(f"not one of {len(self)} images can be decoded. Look at {torn[-1]}") from error
+        valid = drawn >= 0
+        padding = np.array([index for _, index in samples]) < 0
+        labels = np.where(valid, self.source.labels[drawn], np.where(padding, 0, TORN))
+        known = digest(drawn.tolist(), seeds.tolist())
+        tensors = (torch.from_numpy(array) for array in (labels, valid, seeds.view(np.int64)))
+        return Batch(images, *tensors, digest=known, torn=tuple(torn))
+
+    def _render(self, index: int, seed: int, out: Tensor) -> None:
+        if self.source.labels[index] < 0:
+            raise ValueError("it has no label, or one that names no class")
+        render(self.source.images[index], self.view, seed, out)
 
 
 class Loader:
@@ -69,20 +93,19 @@ class Loader:
     def __init__(
         self,
         dataset: Views,
-        order: TrainingOrder | EvaluationOrder,
         device: torch.device,
         num_workers: int,
         memory_format: torch.memory_format = torch.contiguous_format,
         statistics: tuple[list[float], list[float]] | None = None,
     ):
         """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's."""
-        self.dataset, self.order, self.device, self.memory_format = dataset, order, device, memory_format
+        self.dataset, self.order, self.device, self.memory_format = dataset, dataset.order, device, memory_format
         self.mean, self.std = (
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
         )
         self.loader = DataLoader(
             dataset,
-            batch_sampler=order,
+            batch_sampler=self.order,
             collate_fn=_as_is,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -111,6 +134,8 @@ class Loader:
             batch = next(batches, None)
             if batch is None:
                 return
+            for name in batch.torn:
+                print(f"torn image: {name}", file=sys.stderr, flush=True)
             yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -9,6 +9,7 @@ of Philox (Salmon et al., SC 2011), which NumPy keeps the same for ever, not dis
 import hashlib
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +42,15 @@ def digest(indices: list[int], seeds: list[int]) -> int:
     return sum(hash64(index, seed) for index, seed in zip(indices, seeds, strict=True)) % 2**64
 
 
+class Blocks(NamedTuple):
+    """A shuffle that reads few files at a time: the shards in a random order, then the samples of each `size` of them,
+    one window after the other. The samples of a shard always meet within one window: harmless where shards were filled
+    at random, as tools/pack.py does, and not where each holds one class."""
+
+    shard: np.ndarray  # (samples,): the shard of each sample
+    size: int
+
+
 class TrainingOrder:
     """A batch sampler: yields this process's micro-batches, as lists of (epoch, sample index), from `step` to the end
     of its epoch.
@@ -48,7 +58,16 @@ class TrainingOrder:
     Raises UserError where an epoch would hold no whole global batch.
     """
 
-    def __init__(self, samples: int, global_batch_size: int, micro_batch_size: int, rank: int, size: int, seed: int):
+    def __init__(
+        self,
+        samples: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        size: int,
+        seed: int,
+        blocks: Blocks | None = None,
+    ):
         if samples < global_batch_size:
             raise UserError(
                 f"{samples} training images do not fill one global batch. "
@@ -57,7 +76,7 @@ class TrainingOrder:
         self.samples, self.global_batch_size, self.micro_batch_size = samples, global_batch_size, micro_batch_size
         self.share = global_batch_size // size
         self.first = rank * self.share
-        self.seed = seed
+        self.seed, self.blocks = seed, blocks
         self.step = 0
 
     @property
@@ -68,9 +87,24 @@ class TrainingOrder:
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.step % self.steps_per_epoch) * (self.share // self.micro_batch_size)
 
+    def permutation(self, epoch: int) -> np.ndarray:
+        """(samples,): the order in which an epoch takes the samples; its last, incomplete global batch included."""
+        draws = random_bits(self.samples, self.seed, epoch)
+        if self.blocks is None:
+            return np.argsort(draws, kind="stable")
+        shard, size = self.blocks
+        place = np.argsort(np.argsort(random_bits(int(shard.max()) + 1, self.seed, epoch, 1), kind="stable"))
+        return np.lexsort((draws, place[shard] // size))
+
+    def after(self, epoch: int, index: int) -> int:
+        """The sample that takes the place of one which is torn: the next of the epoch's order, on any topology."""
+        permutation = self.permutation(epoch)
+        (place,) = np.flatnonzero(permutation == index)
+        return int(permutation[(place + 1) % self.samples])
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        permutation = np.argsort(random_bits(self.samples, self.seed, epoch), kind="stable")
+        permutation = self.permutation(epoch)
         for begin in range(
             step * self.global_batch_size, self.steps_per_epoch * self.global_batch_size, self.global_batch_size
         ):
@@ -85,6 +119,10 @@ class EvaluationOrder:
 
     def __init__(self, samples: int, batch_size: int, rank: int, size: int):
         self.samples, self.batch_size, self.rank, self.size = samples, batch_size, rank, size
+
+    def after(self, epoch: int, index: int) -> int:
+        """A torn sample is left out."""
+        return -1
 
     def __len__(self) -> int:
         return -(-self.samples // (self.batch_size * self.size))

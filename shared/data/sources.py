@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random access to labelled images: the embedded digits, a folder of class folders, or a CSV of paths."""
+"""Random access to labelled images: the embedded digits, class folders, tar shards, or a CSV of paths."""
 
 import csv
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..config import UserError
-from .order import random_bits
+from .index import NAME as INDEX
+from .index import Index, cached
+from .order import Blocks, random_bits
+from .shards import scan
+from .storage import Files, Images, Members, Pixels, Rows
 
 HELD_OUT = ("val", "valid", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -18,36 +23,35 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class Source:
-    """`images[i]` is an array (H, W, 3) of uint8 or the path of a file; `labels[i]` indexes `classes`."""
+    """Labelled images: `labels[i]`, of `images[i]`, indexes `classes`. blocks: for an order that goes by shards."""
 
-    images: list[str] | np.ndarray
+    images: Images
     labels: np.ndarray
     classes: list[str]
+    blocks: Blocks | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, index: int) -> Image.Image:
-        """The decoded RGB image of one sample; raises OSError that names the file where it cannot be decoded."""
-        image = self.images[index]
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
-        try:
-            with Image.open(image) as file:
-                return file.convert("RGB")
-        except OSError as error:
-            raise OSError(f"cannot decode {image}: {error}") from error
-
-    def subset(self, indices: np.ndarray) -> "Source":
-        images = self.images[indices] if isinstance(self.images, np.ndarray) else [self.images[i] for i in indices]
-        return Source(images, self.labels[indices], self.classes)
+    def subset(self, numbers: np.ndarray) -> "Source":
+        blocks = self.blocks and Blocks(self.blocks.shard[numbers], self.blocks.size)
+        return Source(self.images.take(numbers), self.labels[numbers], self.classes, blocks)
 
 
-def open_data(data: str, val_fraction: float, seed: int) -> tuple[Source, Source]:
-    """The training and the held-out images of `--data`.
+def open_data(data: str, val_fraction: float, seed: int, shuffle_block: int = 0) -> tuple[Source, Source]:
+    """The training and the held-out images of `--data`. shuffle_block: shards whose samples are shuffled together; 0
+    shuffles all.
 
     Raises UserError, naming the folder and the remedy, for whatever is missing, empty or contradictory.
     """
+    train, held_out = _open(data, val_fraction, seed)
+    if shuffle_block and train.blocks is None:
+        raise UserError(f"--shuffle_block {shuffle_block} needs tar shards, and {data} has none. Leave it out.")
+    blocks = Blocks(train.blocks.shard, shuffle_block) if shuffle_block else None
+    return replace(train, blocks=blocks), held_out
+
+
+def _open(data: str, val_fraction: float, seed: int) -> tuple[Source, Source]:
     if data == "digits":
         _refuse_fraction(val_fraction, "the digits")
         return _digits()
@@ -58,7 +62,8 @@ def open_data(data: str, val_fraction: float, seed: int) -> tuple[Source, Source
         return _from_csv(path, val_fraction, seed)
     if not path.is_dir():
         raise UserError(f"--data {data} is neither a folder nor a .csv file.")
-    return _from_folder(path, val_fraction, seed)
+    raw = path / "RawImages"  # of Jean Zay's $DSDIR/imagenet
+    return _from_folder(raw if raw.is_dir() else path, val_fraction, seed)
 
 
 def _digits() -> tuple[Source, Source]:
@@ -69,7 +74,7 @@ def _digits() -> tuple[Source, Source]:
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) for image in grey]
     images = np.repeat(np.stack(large)[..., None], 3, axis=3)
-    everything = Source(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
+    everything = Source(Pixels(images), digits.target.astype(np.int64), [str(name) for name in digits.target_names])
     held_out = np.arange(len(everything)) % 5 == 0
     return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
 
@@ -80,9 +85,9 @@ def _from_folder(path: Path, val_fraction: float, seed: int) -> tuple[Source, So
     if not train.is_dir():
         if held_out:
             raise UserError(f"{path} has {held_out[0].name}/ but no train/. Add it, or list the images in a CSV.")
-        return _split(_scan(path), val_fraction, seed, path)
+        return split(_scan(path), val_fraction, seed, path)
     if not held_out:
-        return _split(_scan(train), val_fraction, seed, path)
+        return split(_scan(train), val_fraction, seed, path)
     if len(held_out) > 1:
         names = " and ".join(folder.name for folder in held_out)
         raise UserError(f"{path} has {names}. Keep one of them, or list the images in a CSV.")
@@ -93,22 +98,54 @@ def _from_folder(path: Path, val_fraction: float, seed: int) -> tuple[Source, So
 
 
 def _scan(folder: Path) -> Source:
+    """One part of the data: tar shards, parquet files, or class folders."""
+    shards, tables = sorted(folder.glob("*.tar")), sorted(folder.glob("*.parquet"))
+    if tables:
+        return _from_parquet(folder, tables)
+    if (folder / INDEX).exists():  # of tools/pack.py
+        index = Index.load(folder / INDEX)
+        missing = set(index.shards or ()) - {shard.name for shard in shards}
+        if missing:
+            raise UserError(f"{folder / INDEX} lists {min(missing)}, which is not there. Copy it, or pack anew.")
+    elif shards:
+        index = cached(folder, max(shard.stat().st_mtime for shard in shards), lambda: scan(folder, shards))
+    else:
+        changed = max(os.stat(entry).st_mtime for entry in (folder, *os.scandir(folder)))
+        index = cached(folder, changed, lambda: _of_class_folders(folder))
+    images = Members(str(folder), index) if shards else Files(str(folder), index.names)
+    return Source(images, index.labels, index.classes, Blocks(index.shard, 0) if shards else None)
+
+
+def _from_parquet(folder: Path, tables: list[Path]) -> Source:
+    """Rows of Hugging Face's features Image and ClassLabel; `datasets` maps them into memory from its cache."""
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=[str(table) for table in tables], split="train")
+    kinds = {type(feature): name for name, feature in rows.features.items()}
+    if not {datasets.Image, datasets.ClassLabel} <= set(kinds):
+        raise UserError(f"{folder}: its columns are {dict(rows.features)}. An Image and a ClassLabel are needed.")
+    image, label = kinds[datasets.Image], kinds[datasets.ClassLabel]
+    labels = np.asarray(rows.data.table[label], dtype=np.int64)
+    return Source(Rows(rows.data.table[image], str(folder)), labels, rows.features[label].names)
+
+
+def _of_class_folders(folder: Path) -> Index:
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} holds no class folders. Put the images of each class into a folder of its own.")
-    images, labels = [], []
-    for label, name in enumerate(classes):
+    names, labels = [], []
+    for label, name in enumerate(tqdm(classes, desc=f"index of {folder}", unit="class", disable=None)):
         files = sorted(
-            os.path.join(parent, file)
+            os.path.relpath(os.path.join(parent, file), folder)
             for parent, _, files in os.walk(folder / name, followlinks=True)
             for file in files
             if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
         )
         if not files:
             raise UserError(f"the class folder {folder / name} holds no images. Fill it or remove it.")
-        images += files
+        names += files
         labels += [label] * len(files)
-    return Source(images, np.array(labels, dtype=np.int64), classes)
+    return Index(np.array([os.fsencode(name) for name in names]), np.array(labels, dtype=np.int64), classes)
 
 
 def _from_csv(path: Path, val_fraction: float, seed: int) -> tuple[Source, Source]:
@@ -123,16 +160,16 @@ def _from_csv(path: Path, val_fraction: float, seed: int) -> tuple[Source, Sourc
             raise UserError(f"{path}, line {number}: path or label is empty. Complete the line or remove it.")
     classes = sorted({row["label"] for row in rows})
     labels = np.array([classes.index(row["label"]) for row in rows], dtype=np.int64)
-    everything = Source([str(path.parent / row["path"]) for row in rows], labels, classes)
-    missing = next((image for image in everything.images if not os.path.isfile(image)), None)
-    if missing:
-        raise UserError(f"{path} names {missing}, which does not exist. Paths are relative to the CSV's folder.")
+    first = path.parent / rows[0]["path"]  # any other that is missing is counted as torn
+    if not first.is_file():
+        raise UserError(f"{path} names {first}, which does not exist. Paths are relative to the CSV's folder.")
+    everything = Source(Files(str(path.parent), np.array([os.fsencode(row["path"]) for row in rows])), labels, classes)
     if "split" not in columns:
-        return _split(everything, val_fraction, seed, path)
-    return _by_split(everything, [row["split"] for row in rows], val_fraction, path)
+        return split(everything, val_fraction, seed, path)
+    return _bysplit(everything, [row["split"] for row in rows], val_fraction, path)
 
 
-def _by_split(everything: Source, splits: list[str], val_fraction: float, path: Path) -> tuple[Source, Source]:
+def _bysplit(everything: Source, splits: list[str], val_fraction: float, path: Path) -> tuple[Source, Source]:
     _refuse_fraction(val_fraction, f"the split column of {path}")
     unknown = sorted({str(split) for split in splits} - {"train", *HELD_OUT})
     if unknown:
@@ -145,12 +182,12 @@ def _by_split(everything: Source, splits: list[str], val_fraction: float, path: 
                 f"{path} has no row with the split {name}. Add one, or drop the column for --val_fraction."
             )
     _same_classes(
-        *(Source([], part.labels, [everything.classes[i] for i in np.unique(part.labels)]) for part in parts), path
+        *(Source(part.images, part.labels, [part.classes[i] for i in np.unique(part.labels)]) for part in parts), path
     )
     return parts[0], parts[1]
 
 
-def _split(everything: Source, val_fraction: float, seed: int, path: Path) -> tuple[Source, Source]:
+def split(everything: Source, val_fraction: float, seed: int, path: Path) -> tuple[Source, Source]:
     """Hold out `val_fraction` of each class, drawn from the seed."""
     if val_fraction == 0:
         raise UserError(f"{path} has no held-out images. Add {'/, '.join(HELD_OUT)}/, or give --val_fraction 0.1.")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded image and crop in, pixels of the network's size out; as little as possible is decoded, moved or allocated.
+
+JPEGs go through libjpeg-turbo by simplejpeg, all else by PIL. Where simplejpeg is missing PIL reads all, more slowly:
+the pixels are the same, since PIL carries the same library.
+"""
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
+
+
+class Crop(NamedTuple):
+    """What the network sees of an image, in pixels of its upright form, and whether it is mirrored."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    mirrored: bool = False
+
+
+View = Callable[[int, int, int], Crop]  # of width, height and the sample's augmentation seed
+
+
+def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> None:
+    """Write the view of an image into out: (size, size, 3) uint8, by one antialiased bilinear resize of its crop.
+
+    Raises ValueError or OSError, with the reason, where the image cannot be decoded to its end.
+    """
+    if isinstance(image, np.ndarray):
+        crop = view(image.shape[1], image.shape[0], seed)
+        pixels = image
+    elif simplejpeg and image[:2] == b"\xff\xd8" and (found := _plain_jpeg(image)):
+        pixels, crop = _decode_jpeg(image, *found, view, seed, out.shape[0])
+    else:
+        pixels = _decode_any(image)
+        crop = view(pixels.shape[1], pixels.shape[0], seed)
+    _resize(pixels[crop.top : crop.bottom, crop.left : crop.right], crop.mirrored, out)
+
+
+def _plain_jpeg(image: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that lies upright in colours of its own; None leaves it to PIL."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+    except ValueError:
+        return None
+    _refuse_bomb(width, height)
+    turned = image.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(Image.open(BytesIO(image))) != 1
+    return None if turned or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
+
+
+def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
+    """The decoded image, at 1/2, 1/4 or 1/8 where the crop is at least that much larger than what is wanted."""
+    crop = view(width, height, seed)
+    least = min(crop.right - crop.left, crop.bottom - crop.top) // size
+    scale = next((scale for scale in (8, 4, 2) if least >= scale), 1)
+    limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+    try:
+        pixels = simplejpeg.decode_jpeg(image, "RGB", **limits)
+    except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
+        pixels, scale = _decode_any(image), 1
+    return pixels, Crop(*(round(side / scale) for side in crop[:4]), crop.mirrored)
+
+
+def _decode_any(image: bytes) -> np.ndarray:
+    """By PIL: upright, RGB, all of it."""
+    with Image.open(BytesIO(image)) as file:
+        _refuse_bomb(*file.size)
+        return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _refuse_bomb(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels: taken for a decompression bomb")
+
+
+def _resize(pixels: np.ndarray, mirrored: bool, out: Tensor) -> None:
+    # Contiguous (H, W, 3) seen as (1, 3, H, W) is channels-last, which torch's kernel for uint8 wants.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    if image.shape[2:] != out.shape[:2]:
+        image = interpolate(image, out.shape[:2], mode="bilinear", antialias=True)
+    view = image[0].permute(1, 2, 0)
+    out.copy_(view.flip(1) if mirrored else view)

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each way to store images gives the same samples, in the same order, with the same augmentation; torn ones are named
+and replaced alike everywhere."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment, python
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from shared.config import UserError
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.data.decode import Crop, render
+
+FORMATS = ("tar", "parquet", "folder")
+PACK = ROOT / "tools/pack.py"
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("packed")
+    for kind in FORMATS:
+        process = python(PACK, "digits", root / kind, "--format", kind, "--shard_size", "300")
+        assert process.returncode == 0, process.stderr
+    return {"digits": "digits"} | {kind: root / kind for kind in FORMATS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCRATCH", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+def loaders(data, rank=0, size=1, num_workers=0, batch=64, shuffle_block=0, seed=0) -> tuple[Loader, Loader]:
+    train, held_out = open_data(str(data), 0, seed, shuffle_block)
+    order = TrainingOrder(len(train), batch, batch // size, rank, size, seed, train.blocks)
+    view = partial(training_view, min_crop_area=0.5, horizontal_flip=True)
+    training = Views(train, view, order, 32, seed)
+    order = EvaluationOrder(len(held_out), 64, rank, size)
+    evaluation = Views(held_out, partial(evaluation_view, eval_crop_ratio=1.0), order, 32, seed)
+    return tuple(Loader(views, torch.device("cpu"), num_workers) for views in (training, evaluation))
+
+
+@pytest.fixture(scope="module")
+def reference() -> list:
+    return [batch for loader in loaders("digits") for batch in loader]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_batches_of_the_digits(packed, reference, kind):
+    batches = [batch for loader in loaders(packed[kind], num_workers=1) for batch in loader]
+    assert len(batches) == len(reference) == 22 + 6
+    for ours, theirs in zip(batches, reference, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.digest == theirs.digest
+
+
+@pytest.mark.parametrize("kind", ["digits", *FORMATS])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_takes_every_sample_once(packed, kind, size, num_workers, monkeypatch):
+    """Seeds are a function of epoch and sample: as many different ones as samples."""
+    parts = [loaders(packed[kind], rank, size, num_workers, batch=2) for rank in range(size)]
+    seeds = torch.cat([batch.seeds for training, _ in parts for batch in training])
+    assert len(seeds) == len(seeds.unique()) == 1437 // 2 * 2
+    labels = torch.cat([batch.labels[batch.valid] for _, evaluation in parts for batch in evaluation])
+    assert sorted(labels.tolist()) == sorted(open_data("digits", 0, 0)[1].labels.tolist())
+
+
+def test_a_blocked_shuffle_reads_few_shards_at_a_time_and_every_sample_once(packed):
+    order = loaders(packed["tar"], shuffle_block=2)[0].order
+    shard, epochs = order.blocks.shard, [order.permutation(epoch) for epoch in (0, 1)]
+    for permutation in epochs:
+        assert sorted(permutation) == list(range(1437))
+        seen = shard[permutation]
+        places = [np.flatnonzero(seen == number) for number in range(5)]
+        is_open = sum((np.arange(1437) >= place[0]) & (np.arange(1437) <= place[-1]) for place in places)
+        assert is_open.max() == 2
+        assert (np.diff(seen) != 0).mean() > 0.3  # and those two are mixed
+    assert not np.array_equal(*epochs)
+    with pytest.raises(UserError, match="tar shards"):
+        loaders("digits", shuffle_block=2)
+
+
+def test_shards_and_parquet_of_other_programs_are_read(tmp_path):
+    import datasets
+    import webdataset
+
+    train = open_data("digits", 0, 0)[0]
+    for part in ("train", "val"):
+        (tmp_path / "wds" / part).mkdir(parents=True)
+        with webdataset.ShardWriter(str(tmp_path / "wds" / part / "x-%03d.tar"), maxcount=30, verbose=0) as sink:
+            for number in range(100):
+                sink.write({"__key__": f"{number:05d}", "png": train.images[number], "cls": int(train.labels[number])})
+    features = datasets.Features({"picture": datasets.Image(), "digit": datasets.ClassLabel(names=train.classes)})
+    rows = {"picture": [Image.fromarray(train.images[i]) for i in range(100)], "digit": train.labels[:100].tolist()}
+    for part in ("train", "val"):
+        (tmp_path / "hf" / part).mkdir(parents=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "hf" / part / "0.parquet"))
+    for name in ("wds", "hf"):
+        theirs, _ = open_data(str(tmp_path / name), 0, 0)
+        assert theirs.labels.tolist() == train.labels[:100].tolist()
+        for number in (0, 57, 99):
+            with Image.open(io.BytesIO(theirs.images[number])) as image:
+                assert np.array_equal(np.asarray(image.convert("RGB")), train.images[number])
+    write = partial(webdataset.ShardWriter, maxcount=30, verbose=0)
+    with write(str(tmp_path / "wds/train/y-%03d.tar")) as sink:
+        sink.write({"__key__": "a", "png": train.images[0], "txt": "no class"})
+    with_one_more, _ = open_data(str(tmp_path / "wds"), 0, 0)
+    assert with_one_more.labels.tolist() == [*theirs.labels.tolist(), -1]
+    torn = [name for batch in loaders(tmp_path / "wds", batch=101)[0] for name in batch.torn]
+    assert len(torn) == 1
+    assert "names no class" in torn[0]
+    with write(str(tmp_path / "wds/train/z-%03d.tar")) as sink:
+        sink.write({"__key__": "a", "pyd": [1, 2]})
+    with pytest.raises(UserError, match="pickle"):
+        open_data(str(tmp_path / "wds"), 0, 0)
+
+
+# Torn data
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """Photographs of two classes as JPEG, all of them sound: train/ with 40 files, val/ with 10."""
+    for number in range(50):
+        folder = tmp_path / "photographs" / ("train" if number < 40 else "val") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.jpg").write_bytes(photograph(number))
+    return tmp_path / "photographs"
+
+
+def photograph(number: int, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
+    pixels = load_sample_images().images[number % 2][number : number + 120, :150]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tear(folder: Path) -> set[str]:
+    """Five ways; the names of what was torn."""
+    files = sorted(folder.glob("*/*.jpg"))
+    files[0].write_bytes(files[0].read_bytes()[:-300])
+    files[5].write_bytes(b"\xff\xd8 this is no JPEG")
+    files[6].unlink()
+    files[6].symlink_to("nowhere.jpg")
+    files[7].write_bytes(b"")
+    bomb = Image.new("L", (12000, 12000))
+    bomb.save(files[8])
+    return {str(files[number]) for number in (0, 5, 6, 7, 8)}
+
+
+def test_torn_images_are_named_and_replaced_alike_on_any_topology(photographs, capfd):
+    whole = [batch for loader in loaders(photographs, batch=8) for batch in loader]
+    assert not any(batch.torn for batch in whole)
+    torn = tear(photographs / "train") | tear(photographs / "val")
+    one = [batch for loader in loaders(photographs, batch=8) for batch in loader]
+    named = {name.split(": ")[0] for batch in one for name in batch.torn}
+    assert named == torn
+    said = capfd.readouterr().err
+    assert all(f"torn image: {name}: " in said for name in torn)
+    halves = [list(loaders(photographs, rank, 2, num_workers=1, batch=8)[0]) for rank in (0, 1)]
+    for step, (ours, first, second) in enumerate(zip(one, *halves, strict=False)):
+        assert torch.equal(ours.images, torch.cat([first.images, second.images])), step
+        assert ours.digest == (first.digest + second.digest) % 2**64
+    training = one[:5]
+    assert all(batch.valid.all() for batch in training)
+    # The five torn ones are replaced by their successors in the order, which so come twice or, after another, thrice.
+    sound = {int(seed) for batch in whole[:5] for seed in batch.seeds}
+    drawn = [int(seed) for batch in training for seed in batch.seeds]
+    assert len(set(drawn)) == 35
+    assert set(drawn) <= sound
+    evaluation = one[5]
+    assert evaluation.valid.sum() == 5
+    assert (evaluation.labels == -100).sum() == 5
+
+
+def test_a_run_names_torn_images_and_stops_above_a_share(photographs, tmp_path):
+    tear(photographs / "train")
+    flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--epochs", "1"]
+    flags += ["--norm", "group", "--report_to", "none", "--logging_steps", "1", "--output_dir", tmp_path / "run"]
+    process = python(ROOT / "recipes/resnet.py", *flags)
+    assert process.returncode == 1
+    (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert "of 40 images cannot be decoded" in error
+    assert "--max_torn" in error
+    process = python(ROOT / "recipes/resnet.py", *flags, "--max_torn", "0.2")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("torn image: ") == 5
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["torn"] for line in lines if "torn" in line][-1] == 5
+    assert lines[-1]["eval_samples"] == 10
+
+
+def test_a_shard_that_was_cut_off(tmp_path, capfd):
+    process = python(PACK, "digits", tmp_path / "tar", "--format", "tar", "--shard_size", "1000")
+    assert process.returncode == 0, process.stderr
+    shard = tmp_path / "tar/train/000001.tar"
+    whole = open_data(str(tmp_path / "tar"), 0, 0)[0]
+    with open(shard, "r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    torn = [name for batch in loaders(tmp_path / "tar")[0] for name in batch.torn]
+    assert len(set(torn)) == len(torn)
+    lost = (whole.images.index.shard == 1) & (whole.images.index.offset > shard.stat().st_size)
+    assert lost.sum() - 29 <= len(torn) <= lost.sum() + 1  # the last 29 of the epoch are not drawn
+    assert all("000001.tar" in name and "too early" in name for name in torn)
+    (tmp_path / "tar/train/index.safetensors").unlink()  # as another program's: what is cut off has no header
+    capfd.readouterr()
+    assert 0 <= len(open_data(str(tmp_path / "tar"), 0, 0)[0]) - (1437 - lost.sum()) <= 1
+    assert f"torn shard: {shard} was cut off" in capfd.readouterr().err
+
+
+def test_a_csv_whose_paths_climb_out(photographs):
+    rows = [f"{path.relative_to(photographs)},{path.parent.name},train" for path in photographs.glob("train/*/*.jpg")]
+    held_out = [f"{row.rsplit(',', 1)[0]},val" for row in (rows[0], rows[-1])]
+    table = ["path,label,split", *rows, *held_out, "../../etc/x.jpg,a,val"]
+    (photographs / "list.csv").write_text("\n".join(table))
+    (batch,) = loaders(photographs / "list.csv", batch=8)[1]
+    assert ["climbs out" in name for name in batch.torn] == [True]
+
+
+# Decoding
+
+
+def middle(width: int, height: int, seed: int) -> Crop:
+    return Crop(width // 4, height // 4, width - width // 4, height - height // 4)
+
+
+def rendered(image: bytes, size: int = 48) -> np.ndarray:
+    out = torch.zeros(size, size, 3, dtype=torch.uint8)
+    render(image, middle, 0, out)
+    return out.numpy().astype(int)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("WEBP", "RGB", {}),
+    ],
+)
+def test_every_kind_of_image_shows_what_pil_shows(kind, mode, options):
+    image = photograph(3, kind, mode, **options)
+    with Image.open(io.BytesIO(image)) as file:
+        crop = middle(*file.size, 0)
+        expected = np.asarray(file.convert("RGB").crop(crop[:4]).resize((48, 48), Image.Resampling.BILINEAR))
+    assert np.abs(rendered(image) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_that_was_turned_by_exif_stands_upright(orientation):
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
+    undo |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
+    undo |= {8: Image.Transpose.ROTATE_90}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = photograph(3, exif=exif)
+    with Image.open(io.BytesIO(image)) as file:
+        upright = file.transpose(undo[orientation]) if orientation > 1 else file.copy()
+    crop = middle(*upright.size, 0)
+    expected = np.asarray(upright.crop(crop[:4]).resize((48, 48), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(rendered(image) - expected).max() <= 2
+
+
+def test_one_pixel_and_very_large_images():
+    dot, large = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (1, 1), (200, 100, 50)).save(dot, "PNG")
+    out = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    render(dot.getvalue(), lambda width, height, seed: Crop(0, 0, width, height), 0, out)
+    assert (out == torch.tensor([200, 100, 50], dtype=torch.uint8)).all()
+    photo = Image.fromarray(load_sample_images().images[0])
+    photo.resize((6000, 4000), Image.Resampling.BICUBIC).save(large, "JPEG", quality=95)
+    small = photo.crop(middle(*photo.size, 0)[:4]).resize((48, 48), Image.Resampling.BILINEAR)
+    # Scaled by 1/8 within the decoder, which averages a little otherwise.
+    assert np.abs(rendered(large.getvalue()) - np.asarray(small)).mean() < 3
+
+
+# Packing
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_packing_that_was_killed_ends_complete(tmp_path, kind):
+    command = [str(PACK), "digits", "--format", kind, "--shard_size", "40", "--num_workers", "2"]
+    process = python(*command[:2], tmp_path / "whole", *command[2:])
+    assert process.returncode == 0, process.stderr
+    whole = contents(tmp_path / "whole")
+    draws = np.random.default_rng(0)
+    killed = 0
+    for _ in range(4):
+        words = [sys.executable, command[0], "digits", str(tmp_path / "killed"), *command[2:]]
+        process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until and not list(tmp_path.glob("killed/*/*")):
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 0.4))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        for name, data in contents(tmp_path / "killed").items():
+            assert data == whole[name], name  # nothing has its name before it is complete
+    assert killed >= 2
+    process = python(*command[:2], tmp_path / "killed", *command[2:])
+    assert process.returncode == 0, process.stderr
+    assert contents(tmp_path / "killed") == whole
+    assert not list((tmp_path / "killed").rglob(".*"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*")}
+    assert python(*command[:2], tmp_path / "killed", *command[2:]).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*")} == before  # nothing left to do
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_packing_names_what_it_cannot_read(tmp_path, photographs):
+    (photographs / "train/a/00.jpg").write_bytes(b"no picture")
+    process = python(PACK, photographs, tmp_path / "new", "--format", "tar")
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(f"error: cannot read {photographs}/train/a/00.jpg: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["digits", "full", "--format", "tar"], "is not empty"),
+        (["digits", "begun", "--format", "folder"], "begun with format tar"),
+        (["nowhere", "new", "--format", "tar"], "does not exist"),
+        (["photographs", "new", "--format", "tar", "--val_fraction", "0.1"], "has no use"),
+        (["digits", "new", "--format", "tar", "--shard_size", "0"], "--shard_size"),
+    ],
+)
+def test_packing_refuses_in_one_line(tmp_path, photographs, words, remedy):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/pack.json").write_text('{"source": "digits", "format": "tar"}')
+    process = python(PACK, *words, cwd=tmp_path)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert remedy in line
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        command = [PACK, "digits", folder / "packed", "--format", "tar", "--shard_size", "100", "--num_workers", "1"]
+        process = python(*command)
+        assert process.returncode == 1
+        assert process.stderr.splitlines()[-1].startswith("error: ")
+        assert "No space left on device" in process.stderr.splitlines()[-1]
+        assert "Make room" in process.stderr.splitlines()[-1]
+        done = contents(folder / "packed")
+        assert len(done) > 2
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        assert python(*command).returncode == 0
+        after = contents(folder / "packed")
+        assert {name: after[name] for name in done} == done
+        assert len(open_data(str(folder / "packed"), 0, 0)[0]) == 1437
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_dry_run_writes_nothing_and_says_what_packing_would_make(tmp_path, photographs):
+    process = python(PACK, photographs, tmp_path / "new", "--format", "tar", "--shard_size", "16", "--dry_run")
+    assert process.returncode == 0, process.stderr
+    assert "train: 40 images" in process.stdout
+    assert "3 shards of 16" in process.stdout
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_is_packed_where_it_lies_and_jpegs_stay_as_they_are(tmp_path, photographs, kind):
+    archive = shutil.make_archive(str(tmp_path / "archive"), kind, photographs)
+    process = python(PACK, archive, tmp_path / "packed", "--format", "tar")
+    assert process.returncode == 0, process.stderr
+    ours, theirs = (open_data(str(path), 0, 0) for path in (tmp_path / "packed", photographs))
+    for mine, original in zip(ours, theirs, strict=True):
+        assert len(mine) == len(original)
+        assert mine.classes == original.classes
+        assert {mine.images[i] for i in range(len(mine))} == {original.images[i] for i in range(len(original))}
+    process = python(PACK, archive, tmp_path / "small", "--format", "tar", "--max_side", "60", "--quality", "80")
+    assert process.returncode == 0, process.stderr
+    small, _ = open_data(str(tmp_path / "small"), 0, 0)
+    with Image.open(io.BytesIO(small.images[0])) as image:
+        assert max(image.size) == 60

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pack a data set into few large files, or into another format; the samples and their order stay the same.
+
+    python tools/pack.py digits packed --format tar                          # train/ and val/ of shards and an index
+    python tools/pack.py $DSDIR/imagenet $SCRATCH/imagenet --format tar --dry_run
+    python tools/pack.py photographs.zip packed --format parquet --val_fraction 0.1 --max_side 512 --quality 90
+
+SOURCE is whatever a recipe's --data takes, or a .zip or .tar of class folders, which is read where it lies: unpacking
+would cost an inode an image. Encoded images are copied byte by byte unless --max_side asks for smaller ones. In tar
+shards the images lie in random order, as a stream wants them; the index keeps the source's order. Killed at any point,
+the same command goes on after the shards that were complete.
+"""
+
+import argparse
+import errno
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from shared.config import UserError
+from shared.data import Source, open_data
+from shared.data.index import NAME as INDEX
+from shared.data.index import Index
+from shared.data.order import random_bits
+from shared.data.sources import EXTENSIONS, HELD_OUT, split
+
+PROBE = 1000  # images that a dry run reads
+ARCHIVES = (".zip", ".tar")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.shard_size < 1:
+        raise UserError(f"--shard_size {arguments.shard_size} is out of range. Give 1 or more images.")
+    parts = dict(zip(("train", "val"), open_source(arguments.source, arguments.val_fraction), strict=True))
+    if arguments.dry_run:
+        for name, source in parts.items():
+            print(f"{name}: {estimate(source, arguments)}")
+        return
+    claim(arguments, parts)
+    for name, source in parts.items():
+        pack(source, arguments.destination / name, arguments)
+    print(f"packed; to train on it: python recipes/resnet.py --data {arguments.destination}")
+
+
+def open_source(name: str, val_fraction: float) -> tuple[Source, Source]:
+    path = Path(name)
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        return from_archive(path, val_fraction)
+    return open_data(name, val_fraction, 0)
+
+
+def from_archive(path: Path, val_fraction: float) -> tuple[Source, Source]:
+    """Images in class folders (below train/ and val/, or not) within one .tar or .zip."""
+    files = tar_members(path) if path.suffix == ".tar" else zip_members(path)
+    found = [(name, place) for name, place in files if name.lower().endswith(EXTENSIONS) and name.count("/")]
+    if not found:
+        raise UserError(f"{path} holds no images in class folders. Pack its folder instead.")
+    names, places = zip(*found, strict=True)
+    owners = [name.split("/")[-2] for name in names]
+    classes = sorted(set(owners))
+    labels = np.searchsorted(classes, owners).astype(np.int64)
+    everything = Source(Archive(path, names, places), labels, classes)
+    held_out = np.array([bool(set(name.split("/")[:-2]) & set(HELD_OUT)) for name in names])
+    if not held_out.any():
+        return split(everything, val_fraction, 0, path)
+    return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
+
+
+def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
+    """Name, offset and length of each file."""
+    with tarfile.open(path, "r:") as tar:
+        files = (member for member in tqdm(tar, desc=str(path), unit="member", disable=None) if member.isfile())
+        return [(member.name, (member.offset_data, member.size)) for member in files]
+
+
+def zip_members(path: Path) -> list[tuple[str, str]]:
+    with zipfile.ZipFile(path) as archive:
+        return [(info.filename, info.filename) for info in archive.infolist() if not info.is_dir()]
+
+
+class Archive:
+    """Images of one .tar or .zip, read where they lie; each process opens it anew."""
+
+    def __init__(self, path: Path, names, places):
+        self.path, self.names, self.places, self.file = path, names, places, None
+
+    def __getitem__(self, number: int) -> bytes:
+        place = self.places[number]
+        if self.file is None:
+            self.file = zipfile.ZipFile(self.path) if isinstance(place, str) else self.path.open("rb")
+        if isinstance(place, str):
+            return self.file.read(place)
+        return os.pread(self.file.fileno(), place[1], place[0])
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"file": None}
+
+    def name(self, number: int) -> str:
+        return f"{self.path}: {self.names[number]}"
+
+    def take(self, numbers: np.ndarray) -> "Archive":
+        return Archive(self.path, [self.names[i] for i in numbers], [self.places[i] for i in numbers])
+
+
+def estimate(source: Source, arguments: argparse.Namespace) -> str:
+    """What packing would make, from the sizes and the speed of some images."""
+    probe = np.argsort(random_bits(len(source), 1))[:PROBE].tolist()
+    begin = time.perf_counter()
+    sizes = [len(encoded(source, arguments, sample)[0]) for sample in probe]
+    seconds = (time.perf_counter() - begin) / len(probe) / max(1, arguments.num_workers)
+    size, shards = np.mean(sizes) * len(source), -(-len(source) // arguments.shard_size)
+    inodes = len(source) + len(source.classes) if arguments.format == "folder" else shards
+    return (
+        f"{len(source)} images, {size / 1e9:.3f} GB, {shards} shards of {arguments.shard_size}, {inodes + 1} inodes, "
+        f"{seconds * len(source) / 3600:.2f} hours on {arguments.num_workers} processes ({len(probe)} images read)"
+    )
+
+
+def claim(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
+    """Refuse a destination that holds something else."""
+    names = ("source", "format", "shard_size", "max_side", "quality", "val_fraction")
+    plan = {name: getattr(arguments, name) for name in names} | {name: len(part) for name, part in parts.items()}
+    path = arguments.destination / "pack.json"
+    if path.exists():
+        former = json.loads(path.read_text())
+        different = [name for name in plan if former.get(name) != plan[name]]
+        if different:
+            name = different[0]
+            raise UserError(f"{path} was begun with {name} {former.get(name)}, not {plan[name]}. Give another folder.")
+    elif arguments.destination.exists() and any(arguments.destination.iterdir()):
+        raise UserError(f"{arguments.destination} is not empty, and not from this tool. Give another folder.")
+    else:
+        arguments.destination.mkdir(parents=True, exist_ok=True)
+        with Complete(path) as file:
+            file.write(json.dumps(plan, indent=1).encode())
+
+
+# What a shard takes
+
+
+def pack(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
+    """Every shard that is not there yet, then the index."""
+    folder.mkdir(exist_ok=True)
+    if (folder / INDEX).exists():
+        return
+    count = -(-len(source) // arguments.shard_size)
+    todo = [number for number in range(count) if not rows_of(folder, number).exists()]
+    done = len(source) - sum(len(members_of(source, number, arguments)) for number in todo)
+    bar = tqdm(total=len(source), initial=done, unit="image", desc=folder.name)
+    with ProcessPoolExecutor(max(1, arguments.num_workers)) as pool, bar:
+        for images in pool.map(partial(write_shard, source, folder, arguments), todo):
+            bar.update(images)
+    finish(source, folder, arguments.format, count)
+
+
+def members_of(source: Source, number: int, arguments: argparse.Namespace) -> np.ndarray:
+    """The samples of one shard. In a tar they are a slice of a random order, the same in every start."""
+    everything = np.arange(len(source))
+    if arguments.format == "tar":
+        everything = np.argsort(random_bits(len(source), 0), kind="stable")
+    return everything[number * arguments.shard_size : (number + 1) * arguments.shard_size]
+
+
+def write_shard(source: Source, folder: Path, arguments: argparse.Namespace, number: int) -> int:
+    """One shard, complete or absent; then what the index will say of it, which marks it as done."""
+    samples = members_of(source, number, arguments)
+    rows = WRITERS[arguments.format](source, samples, folder, number, partial(encoded, source, arguments))
+    part = rows_of(folder, number)
+    np.savez(part.with_suffix(".partial.npz"), samples=samples, **rows)
+    os.replace(part.with_suffix(".partial.npz"), part)
+    return len(samples)
+
+
+def encoded(source: Source, arguments: argparse.Namespace, number: int) -> tuple[bytes, str]:
+    """The bytes of one image, and the ending of its name."""
+    try:
+        image = source.images[number]
+        if isinstance(image, np.ndarray):  # pixels: PNG loses nothing
+            return saved(Image.fromarray(image), "PNG"), "png"
+        with Image.open(io.BytesIO(image)) as file:
+            kind = file.format
+            if arguments.max_side and max(file.size) > arguments.max_side:
+                file = ImageOps.exif_transpose(file).convert("RGB")
+                file.thumbnail((arguments.max_side, arguments.max_side), Image.Resampling.BICUBIC)
+                return saved(file, "JPEG", quality=arguments.quality), "jpg"
+        return image, {"JPEG": "jpg"}.get(kind, kind.lower())
+    except OSError as error:
+        raise UserError(f"cannot read {source.images.name(number)}: {error}. Mend or remove it.") from error
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(source: Source, samples: np.ndarray, folder: Path, shard: int, read) -> dict:
+    path = folder / f"{shard:06d}.tar"
+    names, offset, length = [], [], []
+    with Complete(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples.tolist():
+            data, kind = read(sample)
+            key = f"{sample:09d}"
+            tar.addfile(member(f"{key}.{kind}", data), io.BytesIO(data))
+            names.append(key.encode())
+            offset.append(file.tell() - padded(len(data)))
+            length.append(len(data))
+            label = str(source.labels[sample]).encode()
+            tar.addfile(member(f"{key}.cls", label), io.BytesIO(label))
+    return {"names": names, "offset": offset, "length": length, "checksum": checksum(path)}
+
+
+def write_parquet(source: Source, samples: np.ndarray, folder: Path, shard: int, read) -> dict:
+    """Hugging Face's Image and ClassLabel features, so that `datasets.load_dataset` shows pictures."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=source.classes)})
+    images = [
+        dict(zip(("bytes", "path"), (data, f"{sample:09d}.{kind}"), strict=True))
+        for sample in samples.tolist()
+        for data, kind in [read(sample)]
+    ]
+    rows = pa.table({"image": images, "label": source.labels[samples]}, schema=features.arrow_schema)
+    path = folder / f"{shard:06d}.parquet"
+    with Complete(path) as file:
+        pq.write_table(rows, file, row_group_size=100)
+    return {"checksum": checksum(path)}
+
+
+def write_folder(source: Source, samples: np.ndarray, folder: Path, shard: int, read) -> dict:
+    names = []
+    odd = next((name for name in source.classes if name in ("", ".", "..") or "/" in name), None)
+    if odd is not None:
+        raise UserError(f"the class {odd!r} cannot be the name of a folder. Pack as tar or parquet.")
+    for sample in samples.tolist():
+        data, kind = read(sample)
+        name = f"{source.classes[source.labels[sample]]}/{sample:09d}.{kind}"
+        (folder / name).parent.mkdir(exist_ok=True)
+        with Complete(folder / name) as file:
+            file.write(data)
+        names.append(os.fsencode(name))
+    return {"names": names}
+
+
+def rows_of(folder: Path, shard: int) -> Path:
+    """What the index will say of a shard, from its completion to the end of all."""
+    return folder / f".{shard:06d}.npz"
+
+
+def finish(source: Source, folder: Path, kind: str, count: int) -> None:
+    """One index in the source's order, of what each shard left; parquet needs none."""
+    if (folder / INDEX).exists() or kind == "parquet":
+        return
+    parts = [dict(np.load(rows_of(folder, shard))) for shard in range(count)]
+    order = np.argsort(np.concatenate([part["samples"] for part in parts]))
+    column = lambda name: np.concatenate([part[name] for part in parts])[order]  # noqa: E731
+    places = {}
+    if kind == "tar":
+        shard = np.repeat(np.arange(count), [len(part["samples"]) for part in parts])[order]
+        places = {"shard": shard, "offset": column("offset"), "length": column("length")}
+        places |= {"shards": [f"{number:06d}.tar" for number in range(count)]}
+        places |= {"checksums": [str(part["checksum"]) for part in parts]}
+    Index(column("names"), source.labels, source.classes, **places).save(folder / INDEX)
+    for shard in range(count):
+        rows_of(folder, shard).unlink()
+
+
+WRITERS = {"tar": write_tar, "parquet": write_parquet, "folder": write_folder}
+
+
+def member(name: str, data: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    return info
+
+
+def padded(length: int) -> int:
+    return -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+class Complete:
+    """A file that has its name only when all of it is on the disk."""
+
+    def __init__(self, path: Path):
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+
+    def __enter__(self):
+        self.file = open(self.partial, "wb")
+        return self.file
+
+    def __exit__(self, kind, *error):
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", help="the word digits, a folder, a CSV, shards, or a .zip or .tar of class folders")
+    add("destination", type=Path, help="folder to make; of a former start: to go on in")
+    add("--format", choices=WRITERS, required=True, help="tar: webdataset's shards with an index")
+    add("--shard_size", type=int, default=2000, help="images of one shard (%(default)s; ImageNet: 220 MB)")
+    add(
+        "--max_side",
+        type=int,
+        default=0,
+        help="shrink images whose longer side is greater (0: none)",
+    )
+    add("--quality", type=int, default=90, help="of JPEGs that were shrunk (%(default)s)")
+    add("--val_fraction", type=float, default=0.0, help="share held out, per class, where SOURCE says nothing of it")
+    add("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    add("--dry_run", action="store_true", help="read some images, write nothing, say what packing would make")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        remedy = "Make room; the same command goes on after what is complete." if error.errno in FULL else ""
+        sys.exit(f"error: {error}. {remedy}")
