@@ -17,10 +17,11 @@ from conftest import ROOT, Result, environment, launch_command, python, train
 from shared.checkpoint import checkpoint_to_resume, complete_checkpoints
 from shared.config import UserError, identity_hash
 
-# Twelve steps an epoch of 240 small images; a rate at which rounding does not grow from step to step.
+# Twelve steps an epoch of 240 small images. The rate is small: at 0.003 rounding turns a tie of ReLU or max pooling in
+# step 18, which then grows ten-fold every few steps.
 EPOCHS = [
     "--learning_rate",
-    "0.01",
+    "0.001",
     "--epochs",
     "3",
     "--global_batch_size",
@@ -95,7 +96,7 @@ def test_resume_on_two_processes_is_the_same_to_rounding(runs, flags, uninterrup
     """From the last checkpoint but one, by its path, in a folder of its own."""
     checkpoint = uninterrupted.folder / "checkpoints/step-00000024"
     second = train(runs / "wider", *flags, "--resume_from_checkpoint", str(checkpoint), num_processes=2)
-    np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss")[24:], rtol=2e-3)
+    np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss")[24:], rtol=1e-5)
     assert second.series("samples_digest") == uninterrupted.series("samples_digest")[24:]
     assert second.summary["world_size"] == 2
 
@@ -118,7 +119,7 @@ def test_workers_die_with_their_launcher_and_the_run_goes_on(runs, flags, uninte
     assert int(re.search(r"resumed at step (\d+) of 36", second.text)[1]) >= 15
     assert [line["step"] for line in second.lines if "loss" in line] == list(range(1, 37))
     assert second.series("samples_digest") == uninterrupted.series("samples_digest")
-    np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss"), rtol=2e-3)
+    np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss"), rtol=1e-5)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(demo):
