@@ -372,6 +372,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
+        assert "CI" not in os.environ, mounted.stderr  # there it must run
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
     try:
         command = [PACK, "digits", folder / "packed", "--format", "tar", "--shard_size", "100", "--num_workers", "1"]
