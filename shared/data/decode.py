@@ -36,24 +36,28 @@ class Crop(NamedTuple):
 View = Callable[[int, int, int], Crop]  # of width, height and the sample's augmentation seed
 
 
-def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> None:
+def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> bool:
     """Write the view of an image into out: (size, size, 3) uint8, by one antialiased bilinear resize of its crop.
+    Returns whether the view is mirrored, which is left to the device.
 
     Raises ValueError or OSError, with the reason, where the image cannot be decoded to its end.
     """
     if isinstance(image, np.ndarray):
         crop = view(image.shape[1], image.shape[0], seed)
         pixels = image
-    elif simplejpeg and image[:2] == b"\xff\xd8" and (found := _plain_jpeg(image)):
+    elif simplejpeg and (found := plain_jpeg(image)):
         pixels, crop = _decode_jpeg(image, *found, view, seed, out.shape[0])
     else:
         pixels = _decode_any(image)
         crop = view(pixels.shape[1], pixels.shape[0], seed)
-    _resize(pixels[crop.top : crop.bottom, crop.left : crop.right], crop.mirrored, out)
+    _resize(pixels[crop.top : crop.bottom, crop.left : crop.right], out)
+    return crop.mirrored
 
 
-def _plain_jpeg(image: bytes) -> tuple[int, int] | None:
+def plain_jpeg(image: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG that lies upright in colours of its own; None leaves it to PIL."""
+    if image[:2] != b"\xff\xd8":
+        return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
@@ -92,10 +96,9 @@ def _refuse_bomb(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels: taken for a decompression bomb")
 
 
-def _resize(pixels: np.ndarray, mirrored: bool, out: Tensor) -> None:
+def _resize(pixels: np.ndarray, out: Tensor) -> None:
     # Contiguous (H, W, 3) seen as (1, 3, H, W) is channels-last, which torch's kernel for uint8 wants.
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     if image.shape[2:] != out.shape[:2]:
         image = interpolate(image, out.shape[:2], mode="bilinear", antialias=True)
-    view = image[0].permute(1, 2, 0)
-    out.copy_(view.flip(1) if mirrored else view)
+    out.copy_(image[0].permute(1, 2, 0))

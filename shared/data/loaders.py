@@ -6,8 +6,9 @@ The loaders are already this process's own: they must not go through `accelerato
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,9 +35,19 @@ class Batch(NamedTuple):
     labels: Tensor
     valid: Tensor  # (B,) bool: False where a sample only pads an evaluation batch
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
+    mirrored: Tensor  # (B,) bool: which images a Loader has yet to mirror, on the device
     digest: int  # of sample indices and augmentation seeds, see order.digest
     torn: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
     wait_seconds: float = 0.0  # that the training loop stood still for this batch
+
+
+class Candidate(NamedTuple):
+    """A sample for a place in a batch."""
+
+    epoch: int
+    index: int
+    read: Callable[[], bytes | np.ndarray]  # raises OSError
+    counts: bool = True  # as torn, where it is; one that only stands in for another is counted at its own place
 
 
 @dataclass(frozen=True)
@@ -52,39 +63,75 @@ class Views(Dataset):
     order: TrainingOrder | EvaluationOrder
     image_size: int
     seed: int
+    render: Callable[[bytes | np.ndarray, View, int, Tensor], bool] = render
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> Batch:
-        images = torch.zeros(len(samples), self.image_size, self.image_size, 3, dtype=torch.uint8)
-        drawn, torn = np.full(len(samples), -1), []
-        seeds = np.zeros(len(samples), dtype=np.uint64)
-        for row, (epoch, first) in enumerate(samples):
-            index = first
-            while index >= 0:
-                seeds[row] = seed = augmentation_seed(self.seed, epoch, index)
+        return self.fill([self._candidates(*sample) for sample in samples])
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[Candidate]:
+        images = self.source.images
+        if index >= 0:
+            yield Candidate(epoch, index, partial(images.__getitem__, index))
+            for other in self.order.following(epoch, index):
+                yield Candidate(epoch, other, partial(images.__getitem__, other), counts=False)
+
+    def fill(self, places: Sequence[Iterator[Candidate]]) -> Batch:
+        """Each place of a batch takes the first of its candidates that can be decoded, or stays empty.
+
+        Raises UserError where as many as there are images in all cannot be.
+        """
+        images = torch.zeros(len(places), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        indices, labels = np.full(len(places), -1), np.zeros(len(places), dtype=np.int64)
+        seeds, mirrored = np.zeros(len(places), dtype=np.uint64), np.zeros(len(places), dtype=bool)
+        torn = []
+        for row, candidates in enumerate(places):
+            for tries, (epoch, index, read, counts) in enumerate(candidates):
+                seed = augmentation_seed(self.seed, epoch, index)
                 try:
-                    self._render(index, seed, images[row])
-                    drawn[row] = index
+                    mirrored[row] = self._render(index, read, seed, images[row])
+                    indices[row], labels[row], seeds[row] = index, self.source.labels[index], seed
                     break
                 except (OSError, ValueError) as error:
-                    if index == first:  # one that was to replace it is named where it is drawn itself
+                    labels[row] = TORN
+                    if counts:
                         torn.append(f"{self.source.images.name(index)}: {error}")
-                    index = self.order.after(epoch, index)
-                    if index == first:
+                    if tries + 1 >= len(self):
                         raise UserError(f"not one of {len(self)} images can be decoded. Look at {torn[-1]}") from error
-        valid = drawn >= 0
-        padding = np.array([index for _, index in samples]) < 0
-        labels = np.where(valid, self.source.labels[drawn], np.where(padding, 0, TORN))
-        known = digest(drawn.tolist(), seeds.tolist())
-        tensors = (torch.from_numpy(array) for array in (labels, valid, seeds.view(np.int64)))
+        known = digest(indices.tolist(), seeds.tolist())
+        tensors = (torch.from_numpy(array) for array in (labels, indices >= 0, seeds.view(np.int64), mirrored))
         return Batch(images, *tensors, digest=known, torn=tuple(torn))
 
-    def _render(self, index: int, seed: int, out: Tensor) -> None:
+    def _render(self, index: int, read: Callable[[], bytes | np.ndarray], seed: int, out: Tensor) -> bool:
         if self.source.labels[index] < 0:
             raise ValueError("it has no label, or one that names no class")
-        render(self.source.images[index], self.view, seed, out)
+        return self.render(read(), self.view, seed, out)
+
+
+def read_by_workers(views: Views, num_workers: int, device: torch.device) -> Iterable[Batch]:
+    """Host batches of the views, in their order, rendered by PyTorch's worker processes."""
+    loader = DataLoader(
+        views,
+        batch_sampler=views.order,
+        collate_fn=as_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=device.type == "cuda",
+        # Its own: a draw from the global state would make initial weights depend on the number of workers.
+        generator=torch.Generator(),
+        # Forked workers start at once; Python 3.14's default imports torch anew in each.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+    )
+    if num_workers:
+        # Workers start now, while no other thread computes: a lock that one held would stay locked in a fork.
+        iter(loader)
+    return loader
+
+
+def as_is(batch: Batch) -> Batch:
+    return batch
 
 
 class Loader:
@@ -97,27 +144,15 @@ class Loader:
         num_workers: int,
         memory_format: torch.memory_format = torch.contiguous_format,
         statistics: tuple[list[float], list[float]] | None = None,
+        read: Callable[[Views, int, torch.device], Iterable[Batch]] = read_by_workers,
     ):
-        """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's."""
+        """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's. read: makes the
+        host batches; each pass over what it returns begins at `dataset.order.step`."""
         self.dataset, self.order, self.device, self.memory_format = dataset, dataset.order, device, memory_format
         self.mean, self.std = (
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
         )
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.order,
-            collate_fn=_as_is,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=device.type == "cuda",
-            # Its own: a draw from the global state would make initial weights depend on the number of workers.
-            generator=torch.Generator(),
-            # Forked workers start at once; Python 3.14's default imports torch anew in each.
-            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        )
-        if num_workers:
-            # Workers start now, while no other thread computes: a lock that one held would stay locked in a fork.
-            iter(self.loader)
+        self.batches = read(dataset, num_workers, device)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -128,7 +163,7 @@ class Loader:
         return self
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        batches = iter(self.batches)
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
@@ -139,12 +174,11 @@ class Loader:
             yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
 
     def _to_device(self, batch: Batch) -> Batch:
-        images, labels, valid, seeds = (tensor.to(self.device, non_blocking=True) for tensor in batch[:4])
+        images, labels, valid, seeds, mirrored = (tensor.to(self.device, non_blocking=True) for tensor in batch[:5])
+        images = images.permute(0, 3, 1, 2)
+        if self.device.type == "cuda" or batch.mirrored.any():  # a GPU would have to be waited for
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         # (B, H, W, 3) seen as (B, 3, H, W) is channels-last already: that layout costs no copy.
-        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
+        images = images.to(torch.float32, memory_format=self.memory_format)
         images = images.sub_(self.mean).div_(self.std)
-        return batch._replace(images=images, labels=labels, valid=valid, seeds=seeds)
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
+        return batch._replace(images=images, labels=labels, valid=valid, seeds=seeds, mirrored=mirrored)

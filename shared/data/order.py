@@ -96,11 +96,12 @@ class TrainingOrder:
         place = np.argsort(np.argsort(random_bits(int(shard.max()) + 1, self.seed, epoch, 1), kind="stable"))
         return np.lexsort((draws, place[shard] // size))
 
-    def after(self, epoch: int, index: int) -> int:
-        """The sample that takes the place of one which is torn: the next of the epoch's order, on any topology."""
+    def following(self, epoch: int, index: int) -> Iterator[int]:
+        """The samples that may take the place of one which is torn: what follows it in the epoch's order, on any
+        topology."""
         permutation = self.permutation(epoch)
         (place,) = np.flatnonzero(permutation == index)
-        return int(permutation[(place + 1) % self.samples])
+        yield from np.roll(permutation, -place)[1:].tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
@@ -120,9 +121,9 @@ class EvaluationOrder:
     def __init__(self, samples: int, batch_size: int, rank: int, size: int):
         self.samples, self.batch_size, self.rank, self.size = samples, batch_size, rank, size
 
-    def after(self, epoch: int, index: int) -> int:
+    def following(self, epoch: int, index: int) -> Iterator[int]:
         """A torn sample is left out."""
-        return -1
+        return iter(())
 
     def __len__(self) -> int:
         return -(-self.samples // (self.batch_size * self.size))
