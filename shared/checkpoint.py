@@ -3,7 +3,8 @@
 
 A checkpoint holds what the future depends on: weights and optimizer state under the plain model's parameter names
 (torch.distributed.checkpoint), and in state.json the global step, the schedule and the gradient scaler. The sample
-order and the augmentation are functions of the step, so no random state and no loader state is in it.
+order and the augmentation are functions of the step, so no random state is in it, and no loader's but where a recipe
+gives one.
 """
 
 import json
@@ -39,8 +40,12 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
+    loader: dict | None = None,
 ) -> Path:
-    """Write run_folder/checkpoints/step-XXXXXXXX, then remove all but the KEPT newest; every process must call it."""
+    """Write run_folder/checkpoints/step-XXXXXXXX, then remove all but the KEPT newest; every process must call it.
+
+    loader: a loader's state, the same on every process, in what JSON can hold.
+    """
     folder = run_folder / "checkpoints"
     final = folder / f"step-{step:08d}"
     temporary = folder / f"tmp-{step:08d}"
@@ -58,7 +63,8 @@ def save_checkpoint(
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=_alone())
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        _write_json(temporary / "state.json", {"step": step, "scheduler": scheduler.state_dict(), "scaler": scaler})
+        state = {"step": step, "scheduler": scheduler.state_dict(), "scaler": scaler, "loader": loader}
+        _write_json(temporary / "state.json", state)
         os.rename(temporary, final)
         _sync(folder)
         for old in complete_checkpoints(folder)[:-KEPT]:
@@ -83,6 +89,11 @@ def load_checkpoint(
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state["step"]
+
+
+def loader_state(path: Path) -> dict | None:
+    """What the recipe gave as its loader's state."""
+    return json.loads((path / "state.json").read_text())["loader"]
 
 
 def _save_zero(folder: Path, accelerator: Accelerator, model: nn.Module) -> None:

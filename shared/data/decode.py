@@ -67,17 +67,24 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
     return None if turned or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
 
 
-def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
-    """The decoded image, at 1/2, 1/4 or 1/8 where the crop is at least that much larger than what is wanted."""
-    crop = view(width, height, seed)
+def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
+    """The divisor 1, 2, 4 or 8 by which a decoder may shrink an image whose crop is to fill `size` pixels, and the
+    crop with its edges at multiples of it, or at the image's."""
     least = min(crop.right - crop.left, crop.bottom - crop.top) // size
     scale = next((scale for scale in (8, 4, 2) if least >= scale), 1)
+    left, top, right, bottom = (round(edge / scale) * scale for edge in crop[:4])
+    return Crop(left, top, min(right, width), min(bottom, height), crop.mirrored), scale
+
+
+def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
+    """The decoded image, scaled where the crop allows it, and the crop in it."""
+    crop, scale = scaled(view(width, height, seed), size, width, height)
     limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
     try:
         pixels = simplejpeg.decode_jpeg(image, "RGB", **limits)
     except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
-        pixels, scale = _decode_any(image), 1
-    return pixels, Crop(*(round(side / scale) for side in crop[:4]), crop.mirrored)
+        return _decode_any(image), crop
+    return pixels, Crop(*(-(-edge // scale) for edge in crop[:4]), crop.mirrored)
 
 
 def _decode_any(image: bytes) -> np.ndarray:

@@ -68,12 +68,17 @@ def _as_bytes(names: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(names).view(np.uint8).reshape(len(names), -1)
 
 
+def cache_folder() -> Path:
+    """Of this collection: in `$SCRATCH`, else the user's."""
+    home = os.environ.get("SCRATCH") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "dlojz-recipes"
+
+
 def cached(what: Path, changed: float, build: Callable[[], Index]) -> Index:
     """The index of a folder that has none, from the cache of `$SCRATCH` or of the user. Rank 0 builds it where it is
     missing or older than the folder; the others wait for the file, for as long as that takes."""
-    home = os.environ.get("SCRATCH") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = hashlib.blake2b(f"{what.resolve()}\n{changed}".encode(), digest_size=12).hexdigest()
-    path = Path(home) / "dlojz-recipes" / f"{key}.safetensors"
+    path = cache_folder() / f"{key}.safetensors"
     if not path.exists() and PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         build().save(path)

@@ -110,28 +110,35 @@ class Views(Dataset):
         return self.render(read(), self.view, seed, out)
 
 
+def worker_options(num_workers: int, device: torch.device) -> dict:
+    """What every DataLoader of this collection is given."""
+    return {
+        "collate_fn": _as_is,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": device.type == "cuda",
+        # Its own: a draw from the global state would make initial weights depend on the number of workers.
+        "generator": torch.Generator(),
+        # Forked workers start at once; Python 3.14's default imports torch anew in each.
+        "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
+    }
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def start_workers(loader: DataLoader) -> None:
+    """Now, while no other thread computes: a lock that one held would stay locked in a fork."""
+    if loader.num_workers:
+        iter(loader)
+
+
 def read_by_workers(views: Views, num_workers: int, device: torch.device) -> Iterable[Batch]:
     """Host batches of the views, in their order, rendered by PyTorch's worker processes."""
-    loader = DataLoader(
-        views,
-        batch_sampler=views.order,
-        collate_fn=as_is,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=device.type == "cuda",
-        # Its own: a draw from the global state would make initial weights depend on the number of workers.
-        generator=torch.Generator(),
-        # Forked workers start at once; Python 3.14's default imports torch anew in each.
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-    )
-    if num_workers:
-        # Workers start now, while no other thread computes: a lock that one held would stay locked in a fork.
-        iter(loader)
+    loader = DataLoader(views, batch_sampler=views.order, **worker_options(num_workers, device))
+    start_workers(loader)
     return loader
-
-
-def as_is(batch: Batch) -> Batch:
-    return batch
 
 
 class Loader:

@@ -1,0 +1,250 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard", "simplejpeg>=1.8",
+#   "nvidia-dali-cuda130; sys_platform == 'linux'",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Train a ResNet on images that NVIDIA DALI decodes and resizes: on the GPU, or with its threads on a CPU.
+
+Base: resnet.py. Changes: build_loaders.
+
+    python recipes/resnet_dali.py                                             # a laptop
+    L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
+    $L recipes/resnet_dali.py --data FOLDER                                   # one GPU, or the CPU without one
+    $L --num_processes 8 recipes/resnet_dali.py --data FOLDER                 # a node of eight GPUs
+    $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
+        recipes/resnet_dali.py --data FOLDER                                  # on each of four nodes, R = 0 to 3
+
+DALI is fed each batch's images in our order, from any storage, with the crops that our augmentation drew: samples and
+crops are resnet.py's, the position is the checkpoint's step, last batches are exact. Pixels are within 0.5 of 255 of
+resnet.py's in the mean of an image, or 5 where that shrinks a crop of twice the network's size while it decodes. What
+is no plain JPEG, and a batch in which DALI fails, goes to the decoder of all recipes, which names torn images.
+
+When: MEASURED
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision import models
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, UserError, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.data.decode import plain_jpeg, render, scaled
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+
+FED = ("jpegs", "starts", "ends")  # each image's bytes, and (top, left) and (bottom, right) of its crop
+MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
+    sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.08")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=10, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
+    warmup_epochs: float = HfArg(default=3.0, help="epochs of rising learning rate")
+    momentum: float = HfArg(default=0.9, help="Nesterov momentum of SGD")
+    weight_decay: float = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
+    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
+    compile: bool = HfArg(default=False, help="torch.compile the model")
+
+
+class Dali:
+    """Batches of the views, decoded by a DALI pipeline; one is made while the one before trains."""
+
+    def __init__(self, views, num_threads, device):
+        self.views, self.num_threads, self.device = views, max(1, num_threads), device
+        self.deferred, self.pipeline = [], None
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def __iter__(self):
+        coming = None
+        with ThreadPoolExecutor(1) as thread:
+            for samples in self.views.order:
+                batch, coming = coming, thread.submit(self.batch, samples)
+                if batch:
+                    yield batch.result()
+            yield coming.result()
+
+    def batch(self, samples):
+        """Everything but the JPEGs' pixels by the views themselves, and those by DALI."""
+        self.deferred = []
+        batch = replace(self.views, render=self.defer).__getitems__(samples)
+        if not self.deferred:
+            return batch
+        rows, *fed = zip(*self.deferred, strict=True)
+        self.pipeline = self.pipeline or self.build(len(samples), self.views.image_size)
+        if self.copied:
+            self.copied.synchronize()  # DALI is about to overwrite its last output
+        try:
+            (pixels,) = self.pipeline.run(**dict(zip(FED, map(list, fed), strict=True)))
+        except RuntimeError as error:  # one image stops a pipeline for good: our decoder finds out which
+            self.pipeline = None
+            print(f"DALI failed, so this batch is decoded without it: {error}", file=sys.stderr, flush=True)
+            return self.views.__getitems__(samples)
+        images = batch.images.to(self.device)
+        images[torch.tensor(rows, device=self.device)] = torch.from_dlpack(pixels.as_tensor())
+        if self.copied:
+            self.copied.record(torch.cuda.current_stream(self.device))
+        return batch._replace(images=images)
+
+    def defer(self, image, view, seed, out):
+        """In place of rendering it: note a plain JPEG, with the edges of its crop, for DALI."""
+        # DALI decodes no further than the crop, and would not miss the end of an image.
+        size = plain_jpeg(image) if isinstance(image, bytes) and image.endswith(b"\xff\xd9") else None
+        if size is None:
+            return render(image, view, seed, out)
+        crop, _ = scaled(view(*size[::-1], seed), out.shape[0], *size[::-1])
+        edges = (np.array(edge, np.int32) for edge in ((crop.top, crop.left), (crop.bottom, crop.right)))
+        self.deferred.append((out.storage_offset() // out.numel(), np.frombuffer(image, np.uint8), *edges))
+        return crop.mirrored
+
+    def build(self, batch_size, size):
+        """A pipeline: encoded images and edges of crops in, pixels out."""
+        from nvidia.dali import Pipeline, fn, types
+
+        device_id, decoder = (self.device.index, "mixed") if self.device.type == "cuda" else (None, "cpu")
+        pipeline = Pipeline(batch_size, self.num_threads, device_id, exec_pipelined=False, exec_async=False)
+        with pipeline:
+            jpegs, starts, ends = (fn.external_source(name=name, ndim=1) for name in FED)
+            options = {"axes": [0, 1], "device": decoder, "output_type": types.RGB, "adjust_orientation": False}
+            crops = fn.decoders.image_slice(jpegs, start=starts, end=ends, **options)
+            # A triangular filter where it shrinks, as the CPU path's: accuracy is lost without.
+            pipeline.set_outputs(fn.resize(crops, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True))
+        return pipeline
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    (rank, size), seed = data_parallel(accelerator), run_config.seed
+    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def loader(source, view, order):
+        views = Views(source, view, order, config.image_size, seed)
+        return Loader(views, accelerator.device, run_config.num_workers, layout, read=Dali)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes):
+    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
+    norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
+    model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batch_norm else model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
+    # fused: one pass over weights, gradients and momenta instead of one for each operation.
+    optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+
+
+def parallelize(accelerator, model, optimizer, config):
+    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        model.compile()
+    return model, optimizer
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config)
+    if config.sync_batch_norm and (accelerator.device.type != "cuda" or config.norm != "batch"):
+        raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes))
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        model, optimizer = parallelize(accelerator, model, optimizer, config)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))

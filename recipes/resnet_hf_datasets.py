@@ -1,0 +1,244 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard", "datasets",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Train a ResNet on a data set of Hugging Face's `datasets`, its rows read at random from the disk, offline.
+
+Base: resnet.py. Changes: open_data, load, embedded_digits, source.
+
+    python recipes/resnet_hf_datasets.py                                      # a laptop, the digits
+    L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
+    $L recipes/resnet_hf_datasets.py --data FOLDER                            # one GPU, or the CPU without one
+    $L --num_processes 8 recipes/resnet_hf_datasets.py --data FOLDER          # a node of eight GPUs
+    $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
+        recipes/resnet_hf_datasets.py --data FOLDER                           # on each of four nodes, R = 0 to 3
+
+FOLDER holds parquet files in train/ and val/ (`tools/pack.py --format parquet` writes such), or is what `save_to_disk`
+wrote. A data set of the hub is read from the cache, into which a machine with a network has put it:
+
+    HF_HUB_OFFLINE=0 python recipes/resnet_hf_datasets.py --data uoft-cs/cifar10 --max_steps 1
+
+`datasets` maps arrow files into memory and fetches a row when it is asked for one. So the order of the samples stays
+ours, and with it the loss curve on any number of processes: its own shuffle, and its split among nodes, are not used.
+Nor is its decoding, which makes a PIL image of each row: the bytes go to the decoder of all other recipes.
+
+When: MEASURED
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision import models
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, UserError, parse
+from shared.data import EvaluationOrder, Loader, Source, TrainingOrder, Views, evaluation_view, training_view
+from shared.data.sources import HELD_OUT, split
+from shared.data.sources import open_data as open_files
+from shared.data.storage import Rows
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+
+# Compute nodes have no network. `datasets` reads this when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
+    sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.08")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=10, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
+    warmup_epochs: float = HfArg(default=3.0, help="epochs of rising learning rate")
+    momentum: float = HfArg(default=0.9, help="Nesterov momentum of SGD")
+    weight_decay: float = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
+    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
+    compile: bool = HfArg(default=False, help="torch.compile the model")
+
+
+def open_data(data, val_fraction, seed, shuffle_block):
+    """The training and the held-out rows of `--data`; without a part of their own, these are drawn from the seed."""
+    if shuffle_block:
+        raise UserError(
+            f"--shuffle_block {shuffle_block} needs tar shards: recipes/resnet.py reads them. Leave it out."
+        )
+    parts = embedded_digits() if data == "digits" else load(data)
+    train, *held_out = (source(part, f"{data}, {name}") for name, part in parts.items())
+    if held_out and val_fraction:
+        raise UserError(f"--val_fraction {val_fraction:g} has no use: {data} says what is held out. Drop it.")
+    return (train, *held_out) if held_out else split(train, val_fraction, seed, data)
+
+
+def load(data):
+    """{"train": rows} of a folder or of the hub's cache, and the held-out rows, where it has some, by their name."""
+    import datasets
+
+    try:
+        saved = (Path(data) / "dataset_dict.json").exists() or (Path(data) / "dataset_info.json").exists()
+        parts = datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {data}: {str(error).splitlines()[0]}. Give a folder of parquet files.") from error
+    parts = parts if isinstance(parts, dict) else {"train": parts}
+    if "train" not in parts:
+        raise UserError(f"--data {data} has the parts {', '.join(parts)}. Name one of them train.")
+    return {name: parts[name] for name in ("train", *[name for name in HELD_OUT if name in parts][:1])}
+
+
+def embedded_digits():
+    """scikit-learn's digits, as a user makes such a data set of images of any kind."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    parts = dict(zip(("train", "validation"), open_files("digits", 0, 0), strict=True))
+    features = Features(image=Image(), label=ClassLabel(names=parts["train"].classes))
+    return {
+        name: Dataset.from_dict({"image": list(part.images.pixels), "label": part.labels}, features)
+        for name, part in parts.items()
+    }
+
+
+def source(rows, where):
+    """The rows as this collection's loaders take them: bytes, labels, names of the classes."""
+    import datasets
+
+    columns = {type(feature): name for name, feature in rows.features.items()}
+    if not {datasets.Image, datasets.ClassLabel} <= set(columns):
+        raise UserError(f"{where} has the columns {dict(rows.features)}. It needs an Image and a ClassLabel.")
+    image, label = columns[datasets.Image], columns[datasets.ClassLabel]
+    table = rows.data.table
+    return Source(Rows(table[image], where), np.asarray(table[label]), rows.features[label].names)
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    (rank, size), seed = data_parallel(accelerator), run_config.seed
+    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def loader(source, view, order):
+        views = Views(source, view, order, config.image_size, seed)
+        return Loader(views, accelerator.device, run_config.num_workers, layout)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes):
+    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
+    norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
+    model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batch_norm else model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
+    # fused: one pass over weights, gradients and momenta instead of one for each operation.
+    optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+
+
+def parallelize(accelerator, model, optimizer, config):
+    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        model.compile()
+    return model, optimizer
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config)
+    if config.sync_batch_norm and (accelerator.device.type != "cuda" or config.norm != "batch"):
+        raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes))
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        model, optimizer = parallelize(accelerator, model, optimizer, config)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))

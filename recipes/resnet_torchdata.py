@@ -1,0 +1,239 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard", "torchdata>=0.11",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Train a ResNet from loaders that know where they stand: torchdata's, their state in each checkpoint.
+
+Base: resnet.py. Changes: build_loaders, read_nodes, read_dataloader, set_position, train_one_epoch, main.
+
+    python recipes/resnet_torchdata.py                                        # a laptop
+    L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
+    $L recipes/resnet_torchdata.py --pipeline dataloader                      # one GPU, or the CPU without one
+    $L --num_processes 8 recipes/resnet_torchdata.py                          # a node of eight GPUs
+    $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
+        recipes/resnet_torchdata.py                                           # on each of four nodes, R = 0 to 3
+
+resnet.py needs no such state, because its order of samples is a function of the step. Where an order is not, a loader
+must remember: --pipeline nodes composes it of torchdata.nodes, each with a state of its own, and decodes in threads;
+--pipeline dataloader is StatefulDataLoader, PyTorch's DataLoader and its processes with a state. The state of ours
+counts epochs and micro-batches, which are the same on each process and on any number of them. StatefulDataLoader's
+holds the number of its workers besides, and asks for the same one.
+
+When: MEASURED
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision import models
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
+from shared.checkpoint import load_checkpoint, loader_state, save_checkpoint
+from shared.config import RunConfig, UserError, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.data.loaders import read_by_workers, worker_options
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+
+MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
+    sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.08")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=10, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
+    warmup_epochs: float = HfArg(default=3.0, help="epochs of rising learning rate")
+    momentum: float = HfArg(default=0.9, help="Nesterov momentum of SGD")
+    weight_decay: float = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
+    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
+    compile: bool = HfArg(default=False, help="torch.compile the model")
+    pipeline: Literal["nodes", "dataloader"] = HfArg(default="nodes", help="threads of nodes, or worker processes")
+
+
+class Epochs:
+    """A batch sampler that goes from epoch to epoch by itself and says where it stands, in torchdata's two methods."""
+
+    def __init__(self, order):
+        self.order, self.epoch, self.drawn = order, 0, 0
+
+    def __iter__(self):
+        self.order.step = self.epoch * self.order.steps_per_epoch
+        for batch in islice(self.order, self.drawn, None):
+            self.drawn += 1
+            yield batch
+        self.epoch, self.drawn = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.epoch, self.drawn = state["epoch"], state["drawn"]
+
+
+def read_nodes(views, num_workers, device):
+    """Host batches of the views, rendered by threads: decoding lets go of Python's lock."""
+    from torchdata import nodes
+
+    node = nodes.SamplerWrapper(Epochs(views.order))
+    node = nodes.ParallelMapper(node, views.__getitems__, max(1, num_workers))  # its state asks for one thread
+    if device.type == "cuda":
+        node = nodes.PinMemory(node)
+    return nodes.Loader(nodes.Prefetcher(node, prefetch_factor=2))
+
+
+def read_dataloader(views, num_workers, device):
+    """Host batches of the views, rendered by processes."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(views, batch_sampler=Epochs(views.order), **worker_options(num_workers, device))
+
+
+def set_position(loader, checkpoint, num_workers):
+    """Let the loader go on where the checkpoint's stood. Its workers start here, before any thread computes."""
+    if checkpoint:
+        state = loader_state(checkpoint)
+        workers = state.get("_snapshot", {}).get("_main_snapshot", {}).get("_num_workers", 0)
+        if "root" not in state and workers != num_workers:
+            raise UserError(
+                f"{checkpoint} holds the state of {workers} StatefulDataLoader workers, which fits no other number. "
+                f"Give --num_workers {workers}; --pipeline nodes takes any."
+            )
+        loader.batches.load_state_dict(state)
+    loader.batches.state_dict()
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    (rank, size), seed = data_parallel(accelerator), run_config.seed
+    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def loader(source, view, order, read):
+        views = Views(source, view, order, config.image_size, seed)
+        return Loader(views, accelerator.device, run_config.num_workers, layout, read=read)
+
+    read = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline]
+    return loader(train, train_view, train_order, read), loader(held_out, eval_view, eval_order, read_by_workers)
+
+
+def build_model(config, num_classes):
+    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
+    norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
+    model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batch_norm else model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
+    # fused: one pass over weights, gradients and momenta instead of one for each operation.
+    optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+
+
+def parallelize(accelerator, model, optimizer, config):
+    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        model.compile()
+    return model, optimizer
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader:
+        with accelerator.accumulate(model):
+            logits = model(batch.images)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                position = loader.batches.state_dict()
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler, position)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config)
+    if config.sync_batch_norm and (accelerator.device.type != "cuda" or config.norm != "batch"):
+        raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        set_position(train_loader, run.checkpoint, run_config.num_workers)
+        model = build_model(config, len(classes))
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        model, optimizer = parallelize(accelerator, model, optimizer, config)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                position = train_loader.batches.state_dict()
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler, position)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))

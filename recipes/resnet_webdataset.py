@@ -1,0 +1,240 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard", "webdataset>=1.0",
+# ]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Train a ResNet from tar shards that webdataset streams: each process reads its files from end to end.
+
+Base: resnet.py. Changes: read_shards, shuffle, write_digits, build_loaders.
+
+    python recipes/resnet_webdataset.py                                       # a laptop, the digits
+    L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
+    $L recipes/resnet_webdataset.py --data SHARDS                             # one GPU, or the CPU without one
+    $L --num_processes 8 recipes/resnet_webdataset.py --data SHARDS --num_streams 64        # a node of eight GPUs
+    $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
+        recipes/resnet_webdataset.py --data SHARDS --num_streams 256          # on each of four nodes, R = 0 to 3
+
+SHARDS holds train/*.tar and val/*.tar, from tools/pack.py or of webdataset's convention. The epoch's shards, in an
+order drawn from the seed, are cut into `--num_streams` equal pieces, at any image. A stream reads its piece through
+webdataset, shuffles within `--shuffle_buffer` images, and gives an equal share of each global batch; processes and
+their workers divide the streams. So each step has the same images on any number of processes x workers that divides
+the streams, all processes have equally many steps, and an epoch takes each image once. A resumed run reads its
+streams anew up to its step, without decoding.
+
+What it cannot promise: the order of the other loaders, or the same one with another --num_streams. And images that lie
+in one shard meet in steps nearby: shards must have been filled at random, as tools/pack.py does.
+
+When: MEASURED
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision import models
+from transformers.hf_argparser import HfArg
+
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
+from shared.checkpoint import load_checkpoint, save_checkpoint
+from shared.config import RunConfig, UserError, parse
+from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.data.index import cache_folder
+from shared.data.shards import IMAGES
+from shared.data.streams import read_streams
+from shared.metrics import Evaluation
+from shared.optim import build_scheduler, parameter_groups
+from shared.tracking import Run
+
+MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@dataclass
+class Config:
+    """The hyper-parameters; the defaults are the digits demonstration."""
+
+    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
+    sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
+    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
+    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.08")
+    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
+    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
+    epochs: int = HfArg(default=10, help="passes over the training images")
+    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
+    learning_rate: float = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
+    warmup_epochs: float = HfArg(default=3.0, help="epochs of rising learning rate")
+    momentum: float = HfArg(default=0.9, help="Nesterov momentum of SGD")
+    weight_decay: float = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
+    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
+    compile: bool = HfArg(default=False, help="torch.compile the model")
+    num_streams: int = HfArg(default=8, help="parts of the shards that are read side by side, by all processes")
+    shuffle_buffer: int = HfArg(default=256, help="encoded images of each stream among which the next one is drawn")
+
+
+def read_shards(source, shards):
+    """(sample index, what reads it) of each of the source's images in the shards, as they lie there;
+    last those which a shard was cut off before."""
+    import webdataset as wds
+
+    index = source.images.index
+    for shard in shards:
+        rows = np.flatnonzero(index.shard == shard)
+        waiting = {os.fsdecode(index.names[row]): int(row) for row in rows[np.argsort(index.offset[rows])]}
+        paths = wds.SimpleShardList([os.path.join(source.images.folder, index.shards[shard])])
+        # A sample is a dictionary of bytes: they are not decoded here, so that no pickle in a shard is ever read.
+        for sample in wds.DataPipeline(paths, wds.tarfile_to_samples(handler=wds.ignore_and_stop)):
+            if sample["__key__"] in waiting:
+                image = next(data for kind, data in sample.items() if kind.rpartition(".")[2] in IMAGES)
+                yield waiting.pop(sample["__key__"]), partial(bytes, image)
+        for row in waiting.values():
+            yield row, partial(source.images.__getitem__, row)
+
+
+def shuffle(samples, random_state, buffer):
+    """webdataset's: the next one is drawn from a buffer that holds this many."""
+    import webdataset as wds
+
+    return wds.shuffle(buffer, rng=random_state)(samples)
+
+
+def write_digits(accelerator):
+    """A folder with the embedded digits in shards, written once as a user writes shards of anything."""
+    import webdataset as wds
+
+    folder = cache_folder() / "digits-in-shards"
+    if accelerator.is_main_process and not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.mkdtemp(dir=folder.parent)
+        for name, part in zip(("train", "val"), open_data("digits", 0, 0), strict=True):
+            os.mkdir(f"{beside}/{name}")
+            with wds.ShardWriter(f"{beside}/{name}/%06d.tar", maxcount=100, verbose=0) as shards:
+                for key, (pixels, label) in enumerate(zip(part.images.pixels, part.labels, strict=True)):
+                    shards.write({"__key__": f"{key:06d}", "png": pixels, "cls": int(label)})
+        os.rename(beside, folder)
+    accelerator.wait_for_everyone()
+    return str(folder)
+
+
+def build_loaders(accelerator, run_config, config):
+    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    (rank, size), seed = data_parallel(accelerator), run_config.seed
+    data = write_digits(accelerator) if run_config.data == "digits" else run_config.data
+    train, held_out = open_data(data, run_config.val_fraction, seed, run_config.shuffle_block)
+    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
+    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
+    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
+    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    streams = {"rank": rank, "size": size, "num_streams": config.num_streams, "read_shards": read_shards}
+    read = partial(read_streams, shuffle=partial(shuffle, buffer=config.shuffle_buffer), **streams)
+
+    def loader(source, view, order):
+        views = Views(source, view, order, config.image_size, seed)
+        return Loader(views, accelerator.device, run_config.num_workers, layout, read=read)
+
+    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+
+
+def build_model(config, num_classes):
+    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
+    norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
+    model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batch_norm else model
+
+
+def build_optimizer(model, config, steps_per_epoch):
+    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
+    # fused: one pass over weights, gradients and momenta instead of one for each operation.
+    optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
+    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+
+
+def parallelize(accelerator, model, optimizer, config):
+    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        model.compile()
+    return model, optimizer
+
+
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
+    """From the run's step to the end of its epoch, or to where the run stops."""
+    model.train()
+    grad_norm = None
+    for batch in loader.starting_at(run.step):
+        with accelerator.accumulate(model):
+            logits = model(batch.images)
+            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            # The norm takes two passes over the gradients: only where it clips or is logged.
+            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        run.observe(batch, loss)
+        if accelerator.sync_gradients:
+            run.end_step(scheduler.get_last_lr()[0], grad_norm)
+            run.profiler.step()
+            scheduler.step()
+            if run.checkpoint_due:
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+            if run.stopping:
+                return
+
+
+def evaluate(accelerator, model, loader, run):
+    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    model.eval()
+    evaluation = Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.images), batch.labels, batch.valid)
+            run.profiler.step()
+    run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+def main(run_config, config):
+    accelerator = build_accelerator(run_config.seed, config)
+    if config.sync_batch_norm and (accelerator.device.type != "cuda" or config.norm != "batch"):
+        raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
+    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    if not run.finished:
+        model = build_model(config, len(classes))
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
+        model, optimizer = parallelize(accelerator, model, optimizer, config)
+        if run.checkpoint:
+            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+        with run.profiling(len(eval_loader)):
+            while not run.stopping:
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
+                evaluate(accelerator, model, eval_loader, run)
+                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+    run.finish()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse(RunConfig, Config))
