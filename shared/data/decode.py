@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded image and crop in, pixels of the network's size out; as little as possible is decoded, moved or allocated.
 
-JPEGs go through libjpeg-turbo by simplejpeg, all else by PIL. Where simplejpeg is missing PIL reads all, more slowly:
-the pixels are the same, since PIL carries the same library.
+JPEGs go through libjpeg-turbo, by nvImageCodec where it is installed, which decodes the rows and columns of the crop
+alone and stops below it (on the CPU, whatever its name says), else by simplejpeg. All else goes through PIL, which
+reads JPEGs too where both are missing, more slowly. The pixels are the same: all three carry that library.
 """
 
+import os
+import threading
 from collections.abc import Callable
 from io import BytesIO
 from typing import NamedTuple
@@ -19,7 +22,13 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
+try:
+    from nvidia import nvimgcodec
+except ImportError:
+    nvimgcodec = None
 
+END_OF_IMAGE = b"\xff\xd9"
+_decoders: dict = {}
 MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
 
 
@@ -79,12 +88,27 @@ def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
 def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
     """The decoded image, scaled where the crop allows it, and the crop in it."""
     crop, scale = scaled(view(width, height, seed), size, width, height)
+    if scale == 1 and nvimgcodec and (pixels := _decode_region(image, crop)) is not None:
+        return pixels, Crop(0, 0, pixels.shape[1], pixels.shape[0], crop.mirrored)
     limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
     try:
         pixels = simplejpeg.decode_jpeg(image, "RGB", **limits)
     except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
         return _decode_any(image), crop
     return pixels, Crop(*(-(-edge // scale) for edge in crop[:4]), crop.mirrored)
+
+
+def _decode_region(image: bytes, crop: Crop) -> np.ndarray | None:
+    """The crop's pixels alone; None where they cannot be had so, or where the image is cut off, perhaps below them."""
+    if not image.endswith(END_OF_IMAGE):
+        return None
+    decoder = _decoders.get(key := (os.getpid(), threading.get_ident()))
+    if decoder is None:  # one for each thread of each process: a fork would share its parent's
+        cpu, backend = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
+        decoder = _decoders[key] = nvimgcodec.Decoder(cpu, max_num_cpu_threads=1, backends=[backend])
+    region = nvimgcodec.Region(crop.top, crop.left, crop.bottom, crop.right)
+    pixels = decoder.decode(nvimgcodec.CodeStream(image).get_sub_code_stream(region=region))
+    return None if pixels is None else np.asarray(pixels)
 
 
 def _decode_any(image: bytes) -> np.ndarray:
@@ -104,8 +128,8 @@ def _refuse_bomb(width: int, height: int) -> None:
 
 
 def _resize(pixels: np.ndarray, out: Tensor) -> None:
-    # Contiguous (H, W, 3) seen as (1, 3, H, W) is channels-last, which torch's kernel for uint8 wants.
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    # (1, H, W, 3) seen as (1, 3, H, W) is channels-last, which torch's kernel for uint8 wants, in and out.
+    image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
     if image.shape[2:] != out.shape[:2]:
         image = interpolate(image, out.shape[:2], mode="bilinear", antialias=True)
     out.copy_(image[0].permute(1, 2, 0))
