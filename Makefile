@@ -38,6 +38,8 @@ bench: setup  ## the benchmarks; each prints a table and writes benchmarks/resul
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/communication.py
+	$(BIN)/python benchmarks/loaders.py
+	$(BIN)/python benchmarks/index.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -120,7 +120,9 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
     run = Run(accelerator, run_config, config, [str(number) for number in range(CLASSES)], STEPS)
     images = config.global_batch_size // data_parallel(accelerator)[1]
     size, device = config.image_size, accelerator.device
-    ones = [torch.ones(images, dtype=kind, device=device) for kind in (torch.int64, torch.bool, torch.int64, torch.bool)]
+    ones = [
+        torch.ones(images, dtype=kind, device=device) for kind in (torch.int64, torch.bool, torch.int64, torch.bool)
+    ]
     batch, stack = Batch(torch.randn(images, 3, size, size, device=device), *ones, digest=0), ExitStack()
     loader = SimpleNamespace(starting_at=lambda step: itertools.repeat(batch))
     # The loop calls it after every step.

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy")
+PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy", "pillow", "simplejpeg")
+PACKAGES += ("nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "webdataset", "datasets", "torchdata", "timm")
 
 
 def hardware() -> dict:
@@ -63,8 +64,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
-def write(what: str, rows: list[dict], **more) -> Path:
-    """Write benchmarks/results/<what>_<hardware>_<date>.json, over a former one of that day; return its path.
+def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
+    """Write benchmarks/results/<what>_<hardware>_<date>.json, over a former one of that day, or the file `output`;
+    return its path.
 
     Where the environment variable OUT names a folder, a copy goes there: machines that are lent keep nothing.
     """
@@ -72,11 +74,12 @@ def write(what: str, rows: list[dict], **more) -> Path:
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     values = {"what": what, "date": now.isoformat(timespec="seconds"), "command": command, "hardware": hardware()}
     path = ROOT / "benchmarks" / "results" / f"{what}_{hardware_slug()}_{now:%Y-%m-%d}.json"
+    path = Path(output).resolve() if output else path
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values | {"rows": rows, **more}, indent=1) + "\n")
     if os.path.isdir(os.environ.get("OUT", "")):
         shutil.copy(path, os.environ["OUT"])
-    return path.relative_to(ROOT)
+    return Path(output) if output else path.relative_to(ROOT)
 
 
 def _cell(name: str, value) -> str:

@@ -19,7 +19,7 @@ Base: resnet.py. Changes: read_shards, shuffle, write_digits, build_loaders.
 
 SHARDS holds train/*.tar and val/*.tar, from tools/pack.py or of webdataset's convention. The epoch's shards, in an
 order drawn from the seed, are cut into `--num_streams` equal pieces, at any image. A stream reads its piece through
-webdataset, shuffles within `--shuffle_buffer` images, and gives an equal share of each global batch; processes and
+webdataset, shuffles within SHUFFLE_BUFFER images, and gives an equal share of each global batch; processes and
 their workers divide the streams. So each step has the same images on any number of processes x workers that divides
 the streams, all processes have equally many steps, and an epoch takes each image once. A resumed run reads its
 streams anew up to its step, without decoding.
@@ -54,6 +54,8 @@ from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
 from shared.tracking import Run
 
+SHUFFLE_BUFFER = 256  # encoded images of each stream, among which the next one is drawn
+
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -81,7 +83,6 @@ class Config:
     channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
     compile: bool = HfArg(default=False, help="torch.compile the model")
     num_streams: int = HfArg(default=8, help="parts of the shards that are read side by side, by all processes")
-    shuffle_buffer: int = HfArg(default=256, help="encoded images of each stream among which the next one is drawn")
 
 
 def read_shards(source, shards):
@@ -141,7 +142,7 @@ def build_loaders(accelerator, run_config, config):
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     streams = {"rank": rank, "size": size, "num_streams": config.num_streams, "read_shards": read_shards}
-    read = partial(read_streams, shuffle=partial(shuffle, buffer=config.shuffle_buffer), **streams)
+    read = partial(read_streams, shuffle=partial(shuffle, buffer=SHUFFLE_BUFFER), **streams)
 
     def loader(source, view, order):
         views = Views(source, view, order, config.image_size, seed)

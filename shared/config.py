@@ -55,6 +55,7 @@ BOUNDS = {
     "num_workers": (0, math.inf),
     "max_torn": (0, 1),
     "shuffle_block": (0, math.inf),
+    "num_streams": (1, math.inf),
     "logging_steps": (1, math.inf),
     "seed": (0, 2**63 - 1),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes of other loaders: the batches of resnet.py, or of webdataset's streams, on any topology and after a resume."""
+"""The recipes of other loaders: resnet.py's batches, or the streams' own, on any topology and after a resume."""
 
 import importlib
 import io
@@ -10,18 +10,20 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, train
+from conftest import ROOT, launch_command, train
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from shared.config import RunConfig, UserError
 from shared.data import open_data
-from shared.data.loaders import STD
+from shared.data.loaders import STD, Batch
 from shared.data.order import augmentation_seed
 
+FORMATS = ("digits", "tar", "parquet", "folder")
 TOPOLOGIES = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 0)]  # processes, workers of each
 SIZES = (7, 30, 101, 50, 1, 148)  # images of each shard: 337, ten steps of 32 and a remainder
 
@@ -33,23 +35,18 @@ def surroundings(tmp_path_factory):
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.syspath_prepend(ROOT / "recipes")
+        patch.syspath_prepend(ROOT / "tools")
+        # Fewer than a stream has, so that some images wait in it and others behind it.
+        patch.setattr(importlib.import_module("resnet_webdataset"), "SHUFFLE_BUFFER", 20)
         yield
 
 
-class Mesh:
+class Mesh(dict):
     """Of a process that was not launched: what `data_parallel` asks a DeviceMesh."""
 
     def __init__(self, rank: int, size: int):
-        self.rank, self.processes = rank, size
-
-    def __getitem__(self, name: str) -> "Mesh":
-        return self
-
-    def get_local_rank(self, name: str) -> int:
-        return self.rank
-
-    def size(self) -> int:
-        return self.processes
+        super().__init__(dp=SimpleNamespace(size=lambda: size))
+        self.get_local_rank = lambda name: rank
 
 
 def build(recipe: str, data, rank=0, size=1, num_workers=0, run=None, **flags):
@@ -61,43 +58,35 @@ def build(recipe: str, data, rank=0, size=1, num_workers=0, run=None, **flags):
     return module.build_loaders(accelerator, run_config, module.Config(**{"horizontal_flip": True} | flags))
 
 
-def joined(recipe, data, size=1, num_workers=0, **flags) -> list[tuple]:
-    """(images, labels, valid, seeds, digest, torn) of each training batch, then each evaluation batch, of all
-    processes."""
-    ranks = [
-        [batch for loader in build(recipe, data, rank, size, num_workers, **flags) for batch in loader]
-        for rank in range(size)
-    ]
-    return [
-        (
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels", "valid", "seeds")),
-            sum(part.digest for part in parts) % 2**64,
-            sum((part.torn for part in parts), ()),
-        )
-        for parts in zip(*ranks, strict=True)
-    ]
+def joined(recipe, data, size=1, num_workers=0, **flags) -> list[Batch]:
+    """Each training batch, then each evaluation batch, of all processes together."""
+    processes = [build(recipe, data, rank, size, num_workers, **flags) for rank in range(size)]
+    batches = zip(*([batch for loader in loaders for batch in loader] for loaders in processes), strict=True)
+    columns = (list(zip(*parts, strict=True)) for parts in batches)
+    return [Batch(*map(torch.cat, fields[:5]), sum(fields[5]) % 2**64, sum(fields[6], ())) for fields in columns]
 
 
-def same(one: tuple, other: tuple) -> bool:
-    return all(torch.equal(*pair) for pair in zip(one[:4], other[:4], strict=True)) and one[4:] == other[4:]
+def same(ours: Batch, theirs: Batch, first: int = 0) -> bool:
+    """All that is said of the samples; from the second field on without their pixels."""
+    return all(map(torch.equal, ours[first:5], theirs[first:5])) and ours.digest == theirs.digest
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> dict[str, Path | str]:
     """The digits in every format."""
-    root = tmp_path_factory.mktemp("packed")
+    root, pack = tmp_path_factory.mktemp("packed"), importlib.import_module("pack")
     for kind in ("tar", "parquet", "folder"):
-        process = python(ROOT / "tools/pack.py", "digits", root / kind, "--format", kind, "--shard_size", "300")
-        assert process.returncode == 0, process.stderr
-    from datasets import DatasetDict
-
+        with pytest.MonkeyPatch.context() as patch:
+            words = ["digits", root / kind, "--format", kind, "--shard_size", "300", "--num_workers", "1"]
+            patch.setattr("sys.argv", ["pack.py", *map(str, words)])
+            pack.main(pack.parse())
     parts = importlib.import_module("resnet_hf_datasets").embedded_digits()
-    DatasetDict(parts).save_to_disk(str(root / "saved"))
+    datasets.DatasetDict(parts).save_to_disk(str(root / "saved"))
     return {"digits": "digits"} | {kind: root / kind for kind in ("tar", "parquet", "folder", "saved")}
 
 
 @pytest.fixture(scope="module")
-def reference() -> list[tuple]:
+def reference() -> list[Batch]:
     return joined("resnet", "digits")
 
 
@@ -108,18 +97,18 @@ def reference() -> list[tuple]:
     ("recipe", "kind", "flags"),
     [
         *[("resnet_hf_datasets", kind, {}) for kind in ("digits", "parquet", "saved")],
-        *[("resnet_torchdata", kind, {"pipeline": "nodes"}) for kind in ("digits", "tar", "parquet", "folder")],
-        *[("resnet_torchdata", kind, {"pipeline": "dataloader"}) for kind in ("digits", "tar", "parquet", "folder")],
-        *[("resnet_dali", kind, {}) for kind in ("digits", "tar", "parquet", "folder")],
+        *[("resnet_torchdata", kind, {"pipeline": "nodes"}) for kind in FORMATS],
+        *[("resnet_torchdata", kind, {"pipeline": "dataloader"}) for kind in FORMATS],
+        *[("resnet_dali", kind, {}) for kind in FORMATS],
     ],
     ids=lambda value: value.get("pipeline", "") if isinstance(value, dict) else value.removeprefix("resnet_"),
 )
-@pytest.mark.parametrize(("size", "num_workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
-def test_every_map_style_loader_gives_the_batches_of_the_base(packed, reference, recipe, kind, flags, size, num_workers):
+@pytest.mark.parametrize(("size", "num_workers"), [(1, 0), (2, 2)])
+def test_every_map_style_loader_gives_the_batches_of_the_base(
+    packed, reference, recipe, kind, flags, size, num_workers
+):
     batches = joined(recipe, packed[kind], size, num_workers, **flags)
-    assert len(batches) == len(reference) == 22 + 6
-    for number, pair in enumerate(zip(batches, reference, strict=True)):
-        assert same(*pair), number
+    assert [same(*pair) for pair in zip(batches, reference, strict=True)] == [True] * 28
 
 
 # Streams
@@ -138,9 +127,9 @@ def write_shards(folder: Path, images: list[tuple[str, bytes, int]], sizes: tupl
                     tar.addfile(member, io.BytesIO(data))
 
 
-def encoded(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
+def encoded(pixels: np.ndarray, kind: str, mode: str = "RGB", **options) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -149,36 +138,331 @@ def unequal(tmp_path_factory) -> Path:
     """Digits in shards of unequal size."""
     root = tmp_path_factory.mktemp("unequal")
     for name, part, sizes in zip(("train", "val"), open_data("digits", 0, 0), (SIZES, (40, 3, 60, 2)), strict=True):
-        images = [("png", encoded(part.images[number]), part.labels[number]) for number in range(sum(sizes))]
+        images = [("png", encoded(part.images[number], "PNG"), part.labels[number]) for number in range(sum(sizes))]
         write_shards(root / name, images, sizes)
     return root
 
 
-def streamed(data, size=1, num_workers=0, step=0, accumulation=1, **flags) -> tuple[list, list]:
-    """What each global step, and the evaluation, has: {seed: (label, pixels)}, then digest and torn."""
-    flags = {"global_batch_size": 32, "gradient_accumulation_steps": accumulation, "shuffle_buffer": 20} | flags
-    both = ([], [])
-    for rank in range(size):
-        loaders = build("resnet_webdataset", data, rank, size, num_workers, **flags)
-        for which, loader in enumerate((loaders[0].starting_at(step), loaders[1])):
-            both[which].append([batch for batch in loader])
-            assert which or len(both[0][-1]) == len(loader)
-    for which, ranks in enumerate(both):
-        assert len({len(batches) for batches in ranks}) == 1  # or a collective would wait for ever
-    each = accumulation
-    training = [
-        content([batch for batches in both[0] for batch in batches[first : first + each]])
-        for first in range(0, len(both[0][0]), each)
+def streamed(data, size=1, num_workers=0, step=0, accumulation=1, **flags) -> tuple[list, tuple]:
+    """The content of each global step from this one on, and of the evaluation."""
+    flags = {"global_batch_size": 32, "gradient_accumulation_steps": accumulation} | flags
+    pairs = [build("resnet_webdataset", data, rank, size, num_workers, **flags) for rank in range(size)]
+    training = [list(loader.starting_at(step)) for loader, _ in pairs]
+    evaluation = [list(loader) for _, loader in pairs]
+    assert {len(batches) for batches in training} == {len(pairs[0][0])}
+    assert len({len(batches) for batches in evaluation}) == 1  # or a collective would wait for ever
+    steps = [
+        content([batch for batches in training for batch in batches[first : first + accumulation]])
+        for first in range(0, len(training[0]), accumulation)
     ]
-    return training, content([batch for batches in both[1] for batch in batches])
+    images, _, torn = content([batch for batches in evaluation for batch in batches])  # a digest counts empty places
+    return steps, (images, torn)
 
 
-def content(batches: list) -> tuple[dict, int, list]:
-    """{augmentation seed: (label, pixels)} of the images that count; digest; names of what is torn."""
-    images = {}
-    for batch in batches:
-        for seed, label, pixels, valid in zip(batch.seeds, batch.labels, batch.images, batch.valid, strict=True):
-            if valid:
-                assert int(seed) not in images or any(batch.torn for batch in batches)
-                images[int(seed)] = (int(label), pixels.numpy().tobytes())
-    return images, sum(batch.digest for batch in batches) % 2**64, sorted(sum((batch.torn for batch in batches), ()))
+def content(batches: list) -> tuple[list, int, list]:
+    """(augmentation seed, label, pixels) of each image that counts, the digest, what is torn: all in no order."""
+    fields = zip(*(torch.cat([batch[field] for batch in batches]) for field in (3, 1, 0, 2)), strict=True)
+    torn = sorted(name.rsplit(": ", 1)[0] for batch in batches for name in batch.torn)
+    images = [(int(seed), int(label), pixels.numpy().tobytes()) for seed, label, pixels, valid in fields if valid]
+    return sorted(images), sum(batch.digest for batch in batches) % 2**64, torn
+
+
+def seeds(contents: list[tuple]) -> list[int]:
+    return sorted(image[0] % 2**64 for images, *_ in contents for image in images)
+
+
+def of_epoch(epoch: int, samples: int) -> list[int]:
+    return sorted(augmentation_seed(0, epoch, index) for index in range(samples))
+
+
+@pytest.fixture(scope="module")
+def streams(unequal) -> tuple[list, tuple]:
+    return streamed(unequal)
+
+
+@pytest.mark.parametrize(("size", "num_workers"), TOPOLOGIES[1:])
+def test_streams_give_each_step_the_same_images_on_any_topology(unequal, streams, size, num_workers):
+    steps, evaluation = streamed(unequal, size, num_workers)
+    assert steps == streams[0]
+    assert evaluation == streams[1]
+    assert (
+        streamed(unequal, size, num_workers, step=13, accumulation=2, num_streams=4)[0]
+        == (streamed(unequal, step=13, num_streams=4)[0])
+    )
+
+
+def test_an_epoch_of_streams_takes_each_image_once_in_an_order_of_its_own(unequal, streams, monkeypatch):
+    steps, evaluation = streams
+    second, _ = streamed(unequal, step=10)
+    for epoch, each in enumerate((steps, second)):
+        drawn = seeds(each)
+        assert len(each) == 10
+        assert len(set(drawn)) == len(drawn) == 320
+        assert set(drawn) <= set(of_epoch(epoch, 337))
+    assert seeds([evaluation]) == of_epoch(0, 105)
+    number = {augmentation_seed(0, epoch, index): (epoch, index) for epoch in (0, 1) for index in range(337)}
+    order = [[{number[s][1] for s in seeds([step])} for step in each] for each in (steps, second)]
+    assert all(len(first & other) < 16 for first, other in zip(*order, strict=True))
+    assert max(max(step) - min(step) for step in order[0]) > 200  # a step takes of all streams
+    monkeypatch.setattr(importlib.import_module("resnet_webdataset"), "SHUFFLE_BUFFER", 1)
+    assert streamed(unequal)[0] != steps
+
+
+def test_one_shard_has_another_order_in_each_epoch(tmp_path):
+    """The order of shards is the same: only what shuffles a stream can differ."""
+    for part in ("train", "val"):
+        write_shards(tmp_path / part, [("jpg", photograph(number), 0) for number in range(48)], (48,))
+    flags, number = {"global_batch_size": 8, "image_size": 8}, {}
+    for epoch in (0, 1):
+        number |= {seed: index for index, seed in enumerate(augmentation_seed(0, epoch, i) for i in range(48))}
+    orders = [[{number[s] for s in seeds([step])} for step in streamed(tmp_path, step=k, **flags)[0]] for k in (0, 6)]
+    assert [set().union(*order) for order in orders] == [set(range(48))] * 2
+    assert orders[0] != orders[1]
+
+
+def test_streams_start_at_any_step(unequal, streams):
+    both = streams[0] + streamed(unequal, step=10)[0]
+    for step, (size, num_workers) in zip((1, 4, 9, 10, 17), TOPOLOGIES, strict=True):
+        assert streamed(unequal, size, num_workers, step)[0] == both[step : 10 if step < 10 else 20]
+
+
+# Torn data
+
+
+def photograph(number: int, kind: str = "JPEG", **options) -> bytes:
+    """Of a size of its own: 150 to 249 pixels wide, 140 to 199 high."""
+    pixels = load_sample_images().images[number % 2][3 * number :, 5 * number :]
+    return encoded(pixels[: 140 + 13 * number % 60, : 150 + 29 * number % 100], kind, **options)
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """JPEGs in shards; two of train/ torn, one of val/; and a shard of each cut off after it was indexed, so
+    that whole streams of train/ are lost: of eight images, 16 of them in a row."""
+    for part, sizes in (("train", (9, 30, 5, 20)), ("val", (6, 8))):
+        images = [["jpg", photograph(number), number % 3] for number in range(sum(sizes))]
+        images[2][1] = images[2][1][:-300]
+        if part == "train":
+            images[20][1] = b"\xff\xd8 this is no JPEG"
+        write_shards(tmp_path / part, images, sizes)
+    for part, source in zip(("train", "val"), open_data(str(tmp_path), 0, 0), strict=True):
+        source.images.index.save(tmp_path / part / "index.safetensors")
+        shard = tmp_path / part / "001.tar"
+        os.truncate(shard, int(shard.stat().st_size * 0.45))
+    return tmp_path
+
+
+def test_streams_name_and_replace_what_is_torn_alike_everywhere(photographs):
+    flags = {"global_batch_size": 8, "image_size": 48}
+    lost = []
+    for part, source, torn in zip(("train", "val"), open_data(str(photographs), 0, 0), ({2, 20}, {2}), strict=True):
+        index, left = source.images.index, (photographs / part / "001.tar").stat().st_size
+        torn |= set(np.flatnonzero((index.shard == 1) & (index.offset + index.length > left)).tolist())
+        lost.append(sorted(source.images.name(number) for number in torn))
+    steps, evaluation = streamed(photographs, **flags)
+    assert sorted(name for _, _, torn in steps for name in torn) == lost[0]  # each of them once: 64 are eight steps
+    assert len(lost[0]) >= 18
+    assert all(len(images) == 8 for images, *_ in steps)
+    assert evaluation[1] == lost[1]
+    assert len(evaluation[0]) == 14 - len(lost[1]) < 13
+    for size, num_workers in TOPOLOGIES[1:4]:
+        assert streamed(photographs, size, num_workers, **flags)[1] == evaluation
+        for step in (0, 3, 6):
+            assert streamed(photographs, size, num_workers, step, **flags)[0] == steps[step:]
+
+
+# DALI: the base's samples, and its pixels nearly
+
+
+def garbled(image: bytes) -> bytes:
+    """Its header is sound, and names Huffman tables that are not there."""
+    place = image.index(b"\xff\xda") + 6
+    return image[:place] + b"\x33" + image[place + 1 :]
+
+
+def overwritten(image: bytes) -> bytes:
+    """The middle is another file's beginning."""
+    return image[: len(image) // 2] + image[:400] + image[len(image) // 2 + 400 :]
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    """JPEGs of several kinds in class folders, among them a PNG and one that EXIF turns: train/ 32, val/ 13."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {3: {"mode": "L"}, 4: {"kind": "PNG"}, 5: {"exif": exif}, 6: {"progressive": True, "subsampling": 0}}
+    for number in range(45):
+        folder = tmp_path / "files" / ("train" if number < 32 else "val") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.jpg").write_bytes(photograph(number, **kinds.get(number % 16, {})))
+    return tmp_path / "files"
+
+
+@pytest.mark.parametrize(("image_size", "bound"), [(100, 0.5), (40, 5)])  # of 40 pixels: decoded at half the size
+def test_dali_shows_what_the_base_shows(files, image_size, bound, capfd):
+    flags = {"global_batch_size": 16, "image_size": image_size}
+    one, two = (joined("resnet_dali", files, size, 2, **flags) for size in (1, 2))
+    base = joined("resnet", files, **flags)
+    for ours, halves, theirs in zip(one, two, base, strict=True):
+        assert same(ours, theirs, 1)
+        assert same(ours, halves)
+        difference = ((ours.images - theirs.images).abs() * torch.tensor(STD).view(3, 1, 1)).mean((1, 2, 3))
+        assert difference.max() < bound
+        assert 2 <= (difference == 0).sum() <= 5  # what goes to the base's decoder: PNG, EXIF, empty places
+    assert [batch.valid.sum() for batch in base] == [16, 16, 13]
+    assert "DALI failed" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda image: image[:-300],
+        garbled,
+        pytest.param(overwritten, marks=pytest.mark.xfail(strict=True, reason="the crop's decoder does not notice")),
+    ],
+    ids=["truncated", "garbled", "overwritten"],
+)
+def test_dali_names_and_replaces_what_the_base_does(files, tear, capfd):
+    torn = [files / "train/a/00.jpg", files / "train/b/17.jpg", files / "val/a/34.jpg"]
+    for path in torn:
+        path.write_bytes(tear(path.read_bytes()))
+    for flags in ({"global_batch_size": 16, "image_size": size} for size in (100, 40)):
+        ours, theirs = (joined(name, files, **flags) for name in ("resnet_dali", "resnet"))
+        assert all(same(*pair, 1) for pair in zip(ours, theirs, strict=True))
+        assert ("DALI failed" in capfd.readouterr().err) == (tear is garbled)
+        for batches in (ours, theirs):
+            assert sorted(name.split(": ")[0] for batch in batches for name in batch.torn) == sorted(map(str, torn))
+
+
+# torchdata: a position that is loaded into another loader
+
+
+@pytest.fixture(scope="module")
+def two_epochs() -> list[int]:
+    """The digests of the base's steps."""
+    loader, _ = build("resnet", "digits", global_batch_size=128, image_size=8)
+    return [batch.digest for step in (0, 11) for batch in loader.starting_at(step)]
+
+
+EMPTY = pytest.mark.xfail(strict=True, reason="one pass is empty where the position was taken at the last step")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "before", "after", "taken"),
+    [
+        ("nodes", (1, 0), (1, 0), 1),
+        ("nodes", (1, 2), (1, 0), 4),
+        ("nodes", (1, 2), (2, 2), 11),
+        ("nodes", (1, 0), (2, 0), 13),
+        ("dataloader", (1, 0), (1, 0), 4),
+        ("dataloader", (1, 2), (2, 2), 1),
+        ("dataloader", (1, 2), (1, 2), 13),
+        pytest.param("dataloader", (1, 0), (1, 0), 11, marks=EMPTY),
+        pytest.param("dataloader", (1, 2), (1, 2), 11, marks=EMPTY),
+    ],
+)
+def test_a_position_of_torchdata_gives_the_rest(tmp_path, two_epochs, pipeline, before, after, taken):
+    module, flags = importlib.import_module("resnet_torchdata"), {"global_batch_size": 128, "image_size": 8}
+    loader, _ = build("resnet_torchdata", "digits", 0, *before, pipeline=pipeline, **flags)
+    module.set_position(loader, None, before[1])
+    epochs = (batch for _ in range(2) for batch in loader)
+    assert [next(epochs).digest for _ in range(taken)] == two_epochs[:taken]
+    (tmp_path / "state.json").write_text(json.dumps({"loader": loader.batches.state_dict()}))
+    rest = []
+    for rank in range(after[0]):
+        loader, _ = build("resnet_torchdata", "digits", rank, *after, pipeline=pipeline, **flags)
+        module.set_position(loader, tmp_path, after[1])
+        rest.append([batch.digest for _ in range(2 if taken < 11 else 1) for batch in loader])
+    assert [sum(parts) % 2**64 for parts in zip(*rest, strict=True)] == two_epochs[taken:]
+
+
+def test_a_position_of_worker_processes_is_refused_by_another_number_of_them(tmp_path):
+    module = importlib.import_module("resnet_torchdata")
+    loader, _ = build("resnet_torchdata", "digits", num_workers=1, pipeline="dataloader")
+    module.set_position(loader, None, 1)
+    (tmp_path / "state.json").write_text(json.dumps({"loader": loader.batches.state_dict()}))
+    for num_workers in (0, 2):
+        other, _ = build("resnet_torchdata", "digits", num_workers=num_workers, pipeline="dataloader")
+        with pytest.raises(UserError, match="Give --num_workers 1; --pipeline nodes takes any"):
+            module.set_position(other, tmp_path, num_workers)
+
+
+# Real command lines: interrupted within an epoch, then continued
+
+FLAGS = ["--learning_rate", "0.001", "--norm", "group", "--image_size", "16", "--logging_steps", "1"]
+FLAGS += ["--report_to", "none", "--num_workers", "1", "--global_batch_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def whole(runs, server):
+    """Fifteen steps of a recipe without a break."""
+    return {
+        name: train(
+            runs / f"whole-{name}", *FLAGS, "--max_steps", "15", recipe=ROOT / f"recipes/{name}.py", server=server
+        )
+        for name in ("resnet", "resnet_webdataset")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "processes"),
+    [
+        ("resnet_hf_datasets", "resnet", 1),
+        ("resnet_torchdata", "resnet", 1),
+        ("resnet_dali", "resnet", 1),
+        ("resnet_webdataset", "resnet_webdataset", 2),
+    ],
+)
+def test_a_run_goes_on_within_an_epoch_as_if_nothing_had_happened(runs, server, whole, name, base, processes):
+    folder, options = runs / f"broken-{name}", {"recipe": ROOT / f"recipes/{name}.py", "server": server}
+    train(folder, *FLAGS, "--max_steps", "11", "--checkpointing_steps", "5", **options)
+    shutil.rmtree(folder / "checkpoints/step-00000011")  # as if it had been killed: what is left is of within the loop
+    run = train(folder, *FLAGS, "--max_steps", "15", num_processes=processes, **options)
+    assert "resumed at step 10 of 440" in run.text
+    assert run.summary["world_size"] == processes
+    last = json.loads((folder / "checkpoints/step-00000015/state.json").read_text())
+    assert (last["loader"] is not None) == (name == "resnet_torchdata")
+    assert run.series("step") == [*range(1, 16), 15]
+    assert run.series("samples_digest") == whole[base].series("samples_digest")
+    np.testing.assert_allclose(run.series("loss"), whole[base].series("loss"), rtol=1e-5)
+    for last in ("accuracy", "eval_samples"):
+        assert run.series(last) == whole[base].series(last)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "flags", "words"),
+    [
+        ("unequal", (4, 2), {}, "6 shards are fewer than 4 processes x 2 workers.*--shard_size.*--num_workers"),
+        ("unequal", (1, 3), {}, "--num_streams 8 does not divide among 1 processes x 3 workers. Give a multiple of 3"),
+        ("unequal", (1, 2), {"global_batch_size": 36}, "--num_streams 8 does not divide the 36 images"),
+        ("unequal", (1, 2), {"gradient_accumulation_steps": 16}, "--num_streams 8 does not divide the 4 images"),
+        ("folder", (1, 2), {}, "no tar shards.*tools/pack.py"),
+    ],
+)
+def test_streams_that_do_not_divide_are_refused(packed, unequal, kind, topology, flags, words):
+    with pytest.raises(UserError, match=words):
+        build("resnet_webdataset", {"unequal": unequal, **packed}[kind], 0, *topology, **flags)
+
+
+def test_hugging_face_data_that_does_not_fit_is_refused(packed, server, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "text"))
+    datasets.DatasetDict(dev=rows).save_to_disk(str(tmp_path / "dev"))
+    for data, run, words in (
+        (tmp_path / "text", {}, "text, train has the columns .*It needs an Image and a ClassLabel"),
+        (tmp_path / "dev", {}, "has the parts dev. Name one of them train"),
+        (packed["saved"], {"shuffle_block": 2}, "--shuffle_block 2 needs tar shards.* Leave it out"),
+        (packed["saved"], {"val_fraction": 0.1}, "--val_fraction 0.1 has no use"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build("resnet_hf_datasets", data, run=run)
+    words = [*launch_command(), ROOT / "recipes/resnet_hf_datasets.py", "--data", tmp_path / "nowhere"]
+    process = server.launch([*map(str, words[2:]), "--output_dir", str(tmp_path / "run")])
+    (line,) = [line for line in process.stdout.splitlines() if "error: " in line]
+    assert line.startswith(f"error: --data {tmp_path / 'nowhere'}: ")
+    assert "Give a folder of parquet files" in line
+    assert process.returncode
+    assert not (tmp_path / "run").exists()

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 try:
     import simplejpeg
@@ -129,7 +128,8 @@ def _refuse_bomb(width: int, height: int) -> None:
 
 def _resize(pixels: np.ndarray, out: Tensor) -> None:
     # (1, H, W, 3) seen as (1, 3, H, W) is channels-last, which torch's kernel for uint8 wants, in and out.
-    image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
-    if image.shape[2:] != out.shape[:2]:
-        image = interpolate(image, out.shape[:2], mode="bilinear", antialias=True)
-    out.copy_(image[0].permute(1, 2, 0))
+    image, out = (tensor[None].permute(0, 3, 1, 2) for tensor in (torch.from_numpy(np.ascontiguousarray(pixels)), out))
+    if image.shape == out.shape:
+        out.copy_(image)
+    else:  # what torch.nn.functional.interpolate(mode="bilinear", antialias=True) calls, without its copy
+        torch.ops.aten._upsample_bilinear2d_aa.out(image, out.shape[2:], False, out=out)

@@ -4,6 +4,7 @@
 The loaders are already this process's own: they must not go through `accelerator.prepare`.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..config import UserError
 from .decode import View, render
@@ -83,7 +84,7 @@ class Views(Dataset):
 
         Raises UserError where as many as there are images in all cannot be.
         """
-        images = torch.zeros(len(places), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        images = _zeros(len(places), self.image_size, self.image_size, 3)
         indices, labels = np.full(len(places), -1), np.zeros(len(places), dtype=np.int64)
         seeds, mirrored = np.zeros(len(places), dtype=np.uint64), np.zeros(len(places), dtype=bool)
         torn = []
@@ -108,6 +109,13 @@ class Views(Dataset):
         if self.source.labels[index] < 0:
             raise ValueError("it has no label, or one that names no class")
         return self.render(read(), self.view, seed, out)
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Of uint8; in a worker in the memory that it shares with its process, so that sending them copies nothing."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
 
 
 def worker_options(num_workers: int, device: torch.device) -> dict:

@@ -28,6 +28,10 @@ def scan(folder: Path, shards: list[Path]) -> Index:
     if not rows:
         raise UserError(f"{folder} has shards but no images in them. Members must be KEY.jpg beside KEY.cls.")
     keys, labels, shard, offset, length = map(np.array, zip(*rows, strict=True))
+    if max(labels) < 0:
+        raise UserError(
+            f"{folder}: no image of its shards has a class. Beside KEY.jpg must be KEY.cls with its number."
+        )
     classes = [str(label) for label in range(max(labels) + 1)]
     names = [str(path.relative_to(folder)) for path in shards]
     return Index(np.char.encode(keys, "utf-8"), labels, classes, names, shard, offset, length)

@@ -93,15 +93,19 @@ def _from_folder(path: Path, val_fraction: float, seed: int) -> tuple[Source, So
         raise UserError(f"{path} has {names}. Keep one of them, or list the images in a CSV.")
     _refuse_fraction(val_fraction, str(held_out[0]))
     sources = _scan(train), _scan(held_out[0])
+    if all(source.classes == [str(label) for label in range(len(source.classes))] for source in sources):
+        # Classes without names are as many as the greatest label that a part happens to hold.
+        classes = max((source.classes for source in sources), key=len)
+        return replace(sources[0], classes=classes), replace(sources[1], classes=classes)
     _same_classes(*sources, path)
     return sources
 
 
 def _scan(folder: Path) -> Source:
-    """One part of the data: tar shards, parquet files, or class folders."""
+    """One part of the data: tar shards, parquet files, what `datasets` saved, or class folders."""
     shards, tables = sorted(folder.glob("*.tar")), sorted(folder.glob("*.parquet"))
-    if tables:
-        return _from_parquet(folder, tables)
+    if tables or (folder / "dataset_info.json").exists():
+        return _from_datasets(folder, tables)
     if (folder / INDEX).exists():  # of tools/pack.py
         index = Index.load(folder / INDEX)
         missing = set(index.shards or ()) - {shard.name for shard in shards}
@@ -116,11 +120,16 @@ def _scan(folder: Path) -> Source:
     return Source(images, index.labels, index.classes, Blocks(index.shard, 0) if shards else None)
 
 
-def _from_parquet(folder: Path, tables: list[Path]) -> Source:
-    """Rows of Hugging Face's features Image and ClassLabel; `datasets` maps them into memory from its cache."""
+def _from_datasets(folder: Path, tables: list[Path]) -> Source:
+    """Rows of Hugging Face's features Image and ClassLabel, which `datasets` maps into memory: parquet by way of its
+    cache, what `save_to_disk` wrote from where it lies."""
     import datasets
 
-    rows = datasets.load_dataset("parquet", data_files=[str(table) for table in tables], split="train")
+    files = [str(table) for table in tables]
+    saved = not files
+    rows = (
+        datasets.load_from_disk(folder) if saved else datasets.load_dataset("parquet", data_files=files, split="train")
+    )
     kinds = {type(feature): name for name, feature in rows.features.items()}
     if not {datasets.Image, datasets.ClassLabel} <= set(kinds):
         raise UserError(f"{folder}: its columns are {dict(rows.features)}. An Image and a ClassLabel are needed.")

@@ -1,0 +1,490 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bake-off: images a second that each loader brings, with this machine's cores, from your images and your disk.
+
+    python benchmarks/loaders.py                                         # crops of scikit-learn's two photographs
+    python benchmarks/loaders.py --data $DSDIR/imagenet --num_workers 8  # 1,024 of your images
+    python benchmarks/loaders.py --data FOLDER --output loaders.json     # results there, not in benchmarks/results/
+
+It takes `--images` images of `--data` (all that resnet.py reads), stores them below `--work` as class folders, tar
+shards and parquet, and lets each loader make training batches of them: a random crop of 8 to 100 % of the area,
+resized to `--image_size`, mirrored half of the time. The loaders run in turn, round by round, each in a process of its
+own, its first epoch not counted, so files come from the page cache. `decode_only` is one core that decodes whole JPEGs
+by simplejpeg: the limit that the others' images_per_core_second may be held against. Ours and DALI give uint8, which
+is normalised (ours also mirrored) on the device; torchvision's reference way, timm, webdataset and datasets do all of
+it on the CPU, as their own examples do. Then a sweep over workers, prefetched batches and pinned memory, with a
+recommendation, and the memory of one worker over ten epochs. Writes
+benchmarks/results/loaders_<hardware>_<date>.json, and a chart beside it.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from report import ROOT, cores, median_and_spread, table, write
+from torch.utils.data import DataLoader
+from torchvision import datasets as folders
+from torchvision import transforms
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import resnet_dali
+import resnet_torchdata
+import resnet_webdataset
+
+from shared.config import UserError
+from shared.data import Loader, TrainingOrder, Views, decode, open_data, training_view
+from shared.data.loaders import MEAN, STD, read_by_workers, worker_options
+from shared.data.streams import read_streams
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
+STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
+
+
+def main(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.work, prefix="loaders-") as folder:
+        args.folder = Path(folder)
+        stores = in_process(store, args)
+        print(table(stores))
+        contestants = [name for name in LOADERS if not args.loaders or name in args.loaders.split(",")]
+        rows = bake_off([name for name in contestants if installed(name)], args)
+        print(table(rows))
+        for name in contestants:
+            if not installed(name):
+                print(f"{name}: left out, {LOADERS[name][1]} is not installed (or there is no GPU)")
+        sweep, growth = [], None
+        if not args.loaders:
+            sweep, growth = sweep_options(args), in_process(worker_memory, args)
+            print(table(sweep), f"memory of one worker after each of ten epochs, MB: {growth}", sep="\n")
+        advice = recommendation(sweep)
+        print(advice)
+        path = write(
+            "loaders", rows, output=args.output, stores=stores, sweep=sweep, worker_megabytes=growth, advice=advice
+        )
+        chart(rows, sweep, (Path(args.output) if args.output else ROOT / path).with_suffix(".png"))
+        print(path)
+
+
+# The images
+
+
+def images_of(args: argparse.Namespace) -> list[tuple[bytes, int]]:
+    """(encoded, label) of `--images` images, evenly over the training images."""
+    if args.data == "photographs":
+        return list(photographs(args.images))
+    source, _ = open_data(args.data, args.val_fraction, 0)
+    numbers = np.linspace(0, len(source) - 1, min(args.images, len(source))).astype(int).tolist()
+    return [(encoded(source.images[number]), int(source.labels[number])) for number in numbers]
+
+
+def photographs(number: int) -> Iterator[tuple[bytes, int]]:
+    """Like ImageNet's: 470 x 385 pixels in some 91 kB, cut out of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    draws, photos = np.random.default_rng(0), load_sample_images().images
+    for place in range(number):
+        pixels = photos[place % 2]
+        top, left = (int(draws.integers(0, room)) for room in (pixels.shape[0] - 384, pixels.shape[1] - 469))
+        yield encoded(pixels[top : top + 385, left : left + 470], quality=97 - place // 2 % 2), place % 2
+
+
+def encoded(image: bytes | np.ndarray, quality: int = 95) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def store(args: argparse.Namespace) -> list[dict]:
+    """The images in each format below args.folder; files and bytes of each."""
+    import datasets
+    import webdataset
+
+    images = images_of(args)
+    for number, (data, label) in enumerate(images):
+        path = args.folder / f"folder/{label:04d}/{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (args.folder / "tar").mkdir()
+    most = -(-len(images) // max(16, args.num_workers))
+    with webdataset.ShardWriter(f"{args.folder}/tar/%06d.tar", maxcount=most, verbose=0) as shards:
+        for number, (data, label) in enumerate(images):
+            shards.write({"__key__": f"{number:06d}", "jpg": data, "cls": label})
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(num_classes=max(images, key=label_of)[1] + 1)
+    )
+    columns = {"image": [{"bytes": data, "path": None} for data, _ in images], "label": [label for _, label in images]}
+    (args.folder / "parquet").mkdir()
+    datasets.Dataset.from_dict(columns, features).to_parquet(args.folder / "parquet/0.parquet")
+    return [
+        {
+            "format": name,
+            "images": len(images),
+            "files": len(files),
+            "bytes": sum(file.stat().st_size for file in files),
+        }
+        for name in ("folder", "tar", "parquet")
+        for files in [[file for file in (args.folder / name).rglob("*") if file.is_file()]]
+    ]
+
+
+def label_of(image: tuple[bytes, int]) -> int:
+    return image[1]
+
+
+# The loaders: each makes an Epoch
+
+
+def decode_only(args: argparse.Namespace) -> Epoch:
+    import simplejpeg
+
+    images = [path.read_bytes() for path in (args.folder / "folder").rglob("*.jpg")]
+
+    def epoch():
+        for image in images:
+            simplejpeg.decode_jpeg(image)
+            yield 1
+
+    return epoch
+
+
+def ours(
+    args: argparse.Namespace, store: str, read: Callable = read_by_workers, without: tuple[str, ...] = ()
+) -> Epoch:
+    """A recipe's loader. without: libraries that are taken for not installed."""
+    for library in without:
+        setattr(decode, library, None)
+    if read is read_streams:
+        shuffle = partial(resnet_webdataset.shuffle, buffer=256)
+        read = partial(read, num_streams=max(1, args.num_workers), shuffle=shuffle, **STREAMS)
+    views = training_views(args, store)
+    loader = Loader(views, DEVICE, args.num_workers, read=read)
+    return partial(sizes, loader if ON_GPU else loader.batches)
+
+
+def training_views(args: argparse.Namespace, store: str) -> Views:
+    source, _ = open_data(str(args.folder / store), 0.02, 0)
+    order = TrainingOrder(len(source), args.batch_size, args.batch_size, 0, 1, 0)
+    view = partial(training_view, min_crop_area=0.08, horizontal_flip=True)
+    return Views(source, view, order, args.image_size, 0)
+
+
+def sizes(batches) -> Iterator[int]:
+    for batch in batches:
+        yield len(batch.labels)
+
+
+def on_device(loader) -> Epoch:
+    """Of batches (images, labels) of the libraries' own loaders."""
+
+    def epoch():
+        for images, _ in loader:
+            yield len(images.to(DEVICE, non_blocking=True))
+
+    return epoch
+
+
+def reference_transform(args: argparse.Namespace) -> transforms.Compose:
+    """Of torchvision's training reference, for PIL images."""
+    mean, std = ([value / 255 for value in values] for values in (MEAN, STD))
+    crop = transforms.RandomResizedCrop(args.image_size, antialias=True)
+    tensor = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(mean, std)]
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor])
+
+
+def options(args: argparse.Namespace) -> dict:
+    """Of a DataLoader in the usual way."""
+    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0, "pin_memory": ON_GPU}
+    return {"batch_size": args.batch_size, **workers}
+
+
+def torchvision_reference(args: argparse.Namespace) -> Epoch:
+    data = folders.ImageFolder(args.folder / "folder", reference_transform(args))
+    return on_device(DataLoader(data, shuffle=True, drop_last=True, **options(args)))
+
+
+def timm(args: argparse.Namespace) -> Epoch:
+    from timm.data import ImageDataset, create_loader
+
+    size = {"input_size": (3, args.image_size, args.image_size), "interpolation": "bilinear", "color_jitter": None}
+    workers = options(args) | {"is_training": True, "use_prefetcher": ON_GPU, "device": DEVICE}
+    return on_device(create_loader(ImageDataset(str(args.folder / "folder")), **size, **workers))
+
+
+def webdataset(args: argparse.Namespace) -> Epoch:
+    import webdataset as wds
+
+    paths = sorted(map(str, (args.folder / "tar").glob("*.tar")))
+    data = wds.WebDataset(paths, shardshuffle=len(paths), empty_check=False).shuffle(1000).decode("pil")
+    data = data.to_tuple("jpg", "cls").map_tuple(reference_transform(args), int)
+    return on_device(DataLoader(data.batched(args.batch_size), **options(args) | {"batch_size": None}))
+
+
+def hf_datasets(args: argparse.Namespace) -> Epoch:
+    import datasets
+
+    transform = reference_transform(args)
+    paths = [str(path) for path in (args.folder / "parquet").glob("*")]
+    data = datasets.load_dataset("parquet", data_files=paths, split="train", cache_dir=str(args.folder / "cache"))
+    data = data.with_transform(
+        lambda rows: {"images": [transform(image.convert("RGB")) for image in rows["image"]], "labels": rows["label"]}
+    )
+    loader = DataLoader(data, shuffle=True, drop_last=True, collate_fn=stack, **options(args))
+    return on_device(loader)
+
+
+def stack(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([row["images"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+
+
+def dali(args: argparse.Namespace, device: str) -> Epoch:
+    """DALI's own reader, crop and flip, in the way of its ResNet example, but for the normalisation."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(args.batch_size, max(1, args.num_workers), 0 if device == "mixed" else None)
+    with pipeline:
+        jpegs, _ = fn.readers.file(file_root=str(args.folder / "folder"), random_shuffle=True, name="files")
+        area = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
+        images = fn.decoders.image_random_crop(jpegs, device=device, output_type=types.RGB, **area)
+        size = (args.image_size, args.image_size)
+        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()))
+    batches = pipeline.epoch_size("files") // args.batch_size
+
+    def epoch():
+        for _ in range(batches):
+            yield len(pipeline.run()[0])
+
+    return epoch
+
+
+def ffcv(args: argparse.Namespace) -> Epoch:
+    """FFCV's own file; its writer encodes each image anew, at the quality that gives about the bytes of ours."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader as FfcvLoader
+    from ffcv.loader import OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+    from ffcv.writer import DatasetWriter
+
+    path = args.folder / "images.beton"
+    if not path.exists():
+        fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField()}
+        writer = DatasetWriter(str(path), fields, num_workers=1)
+        writer.from_indexed_dataset(folders.ImageFolder(args.folder / "folder", lambda image: image.convert("RGB")))
+        print(f"ffcv: {path.stat().st_size} bytes", file=sys.stderr)
+    decoder = RandomResizedCropRGBImageDecoder((args.image_size, args.image_size), scale=(0.08, 1))
+    pipelines = {"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
+    order = {"order": OrderOption.QUASI_RANDOM, "os_cache": True, "drop_last": True}
+    workers = {"batch_size": args.batch_size, "num_workers": max(1, args.num_workers)}
+    return on_device(FfcvLoader(str(path), pipelines=pipelines, **order, **workers))
+
+
+# name -> (what makes its Epoch, the module without which it is left out)
+LOADERS: dict[str, tuple[Callable, str]] = {
+    "decode_only": (decode_only, "simplejpeg"),
+    "shared_folder": (partial(ours, store="folder"), "torch"),
+    "shared_tar": (partial(ours, store="tar"), "torch"),
+    "shared_parquet": (partial(ours, store="parquet"), "datasets"),
+    "shared_tar_simplejpeg": (partial(ours, store="tar", without=("nvimgcodec",)), "simplejpeg"),
+    "shared_tar_pil": (partial(ours, store="tar", without=("nvimgcodec", "simplejpeg")), "torch"),
+    "shared_webdataset": (partial(ours, store="tar", read=read_streams), "webdataset"),
+    "shared_torchdata": (partial(ours, store="tar", read=resnet_torchdata.read_nodes), "torchdata"),
+    "shared_dali": (partial(ours, store="tar", read=resnet_dali.Dali), "nvidia.dali"),
+    "torchvision_reference": (torchvision_reference, "torchvision"),
+    "timm": (timm, "timm"),
+    "webdataset": (webdataset, "webdataset"),
+    "datasets": (hf_datasets, "datasets"),
+    "dali_cpu": (partial(dali, device="cpu"), "nvidia.dali"),
+    "ffcv": (ffcv, "ffcv"),
+    "dali_gpu": (partial(dali, device="mixed"), "nvidia.dali"),
+}
+
+
+def installed(name: str) -> bool:
+    package = LOADERS[name][1].split(".")
+    return all(find_spec(".".join(package[: depth + 1])) for depth in range(len(package))) and (
+        name != "dali_gpu" or ON_GPU
+    )
+
+
+# Measuring
+
+
+def in_process(function: Callable, *arguments):
+    """What the function returns in a process of its own, which leaves no thread and no memory behind."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def target():
+        theirs.send(function(*arguments))
+        os._exit(0)  # FFCV's threads may keep a process from ending
+
+    process = context.Process(target=target)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise UserError(f"{getattr(function, '__name__', function)} failed: see above") from None
+    finally:
+        process.join()
+
+
+def bake_off(names: list[str], args: argparse.Namespace) -> list[dict]:
+    seen = {name: [] for name in names}
+    for number in range(args.rounds):
+        for name in names:
+            print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
+            seen[name].append(in_process(measure, LOADERS[name][0], args))
+    rows = [
+        {"loader": name, "images_per_second": median_and_spread(run[0] for run in runs)}
+        | {
+            "images_per_core_second": median_and_spread(run[1] for run in runs),
+            "memory_bytes": max(run[2] for run in runs),
+        }
+        for name, runs in seen.items()
+    ]
+    limits = [row["images_per_core_second"]["median"] for row in rows if row["loader"] == "decode_only"]
+    for row in rows if limits else []:
+        row["of_decode_only"] = round(row["images_per_core_second"]["median"] / limits[0], 3)
+    return rows
+
+
+def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespace) -> tuple[float, float, int]:
+    """Images a second, images a second of processor time, and bytes of memory that this process and its workers do not
+    share with others."""
+    epoch = make(args)
+    for _ in epoch():
+        pass
+    images, processor, begin = 0, processor_seconds(), time.perf_counter()
+    while time.perf_counter() - begin < args.seconds:
+        images += sum(epoch())
+        if ON_GPU:
+            torch.cuda.synchronize()
+    seconds, processor = time.perf_counter() - begin, processor_seconds() - processor
+    return images / seconds, images / processor, sum(process.memory_full_info().uss for process in family())
+
+
+def family() -> list[psutil.Process]:
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def processor_seconds() -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in family())
+
+
+def sweep_options(args: argparse.Namespace) -> list[dict]:
+    """The tar shards' loader with each number of workers, of batches that a worker prefetches, and pinned or not."""
+    most = max(cores(), args.num_workers)
+    rows = []
+    for workers in [count for count in (0, 1, 2, 4, 8, 16, 32, 64) if count <= most]:
+        for prefetch in (1, 2, 4) if workers else (None,):
+            for pinned in (False, True) if ON_GPU else (False,):
+                case = {"num_workers": workers, "prefetch_factor": prefetch, "pin_memory": pinned}
+                rate, _, memory = in_process(measure, partial(with_options, **case), args)
+                rows.append(case | {"images_per_second": round(rate, 1), "memory_bytes": memory})
+    return rows
+
+
+def with_options(args: argparse.Namespace, **case) -> Epoch:
+    views = training_views(args, "tar")
+    loader = Loader(views, DEVICE, case["num_workers"], read=partial(read_with, case=case))
+    return partial(sizes, loader if ON_GPU else loader.batches)
+
+
+def read_with(views: Views, num_workers: int, device: torch.device, case: dict) -> DataLoader:
+    return DataLoader(views, batch_sampler=views.order, **worker_options(num_workers, device) | case)
+
+
+def recommendation(sweep: list[dict]) -> str:
+    if not sweep:
+        return ""
+    best = max(row["images_per_second"] for row in sweep)
+    enough = [row for row in sweep if row["images_per_second"] >= 0.95 * best]
+    least = min(enough, key=lambda row: (row["num_workers"], row["prefetch_factor"] or 0, row["pin_memory"]))
+    return (
+        f"Give --num_workers {least['num_workers']}: {least['images_per_second']:.0f} images/s with prefetch_factor "
+        f"{least['prefetch_factor']} and pin_memory {least['pin_memory']}, and nothing tried is over 5 % faster."
+    )
+
+
+def worker_memory(args: argparse.Namespace) -> list[float]:
+    """Megabytes of one worker's own after each of ten epochs."""
+    args.num_workers = 1
+    epoch, megabytes = ours(args, "tar"), []
+    for _ in range(10):
+        for _ in epoch():
+            pass
+        megabytes.append(round(family()[1].memory_full_info().uss / 1e6, 1))
+    return megabytes
+
+
+def chart(rows: list[dict], sweep: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    bars, lines = figure.subplots(1, 2)
+    rates = {row["loader"]: row["images_per_core_second"] for row in rows}
+    values = [rate["median"] for rate in rates.values()]
+    ends = np.array([[rate["median"] - rate["min"], rate["max"] - rate["median"]] for rate in rates.values()]).T
+    colours = [
+        "tab:gray" if name == "decode_only" else f"tab:{'blue' if 'shared' in name else 'orange'}" for name in rates
+    ]
+    bars.barh(list(rates), values, xerr=ends, color=colours)
+    bars.invert_yaxis()
+    bars.set_xlabel("images a second of one core")
+    for prefetch in dict.fromkeys(row["prefetch_factor"] for row in sweep if row["num_workers"]):
+        for pinned in dict.fromkeys(row["pin_memory"] for row in sweep):
+            line = [row for row in sweep if row["prefetch_factor"] in (prefetch, None) and row["pin_memory"] == pinned]
+            label = f"prefetch_factor {prefetch}{', pinned' if pinned else ''}"
+            lines.plot(
+                [row["num_workers"] for row in line], [row["images_per_second"] for row in line], "o-", label=label
+            )
+    lines.set_xlabel("--num_workers (shared_tar)")
+    lines.set_ylabel("images a second")
+    lines.set_ylim(bottom=0)
+    if sweep:
+        lines.legend()
+    figure.savefig(path, dpi=120)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data", default="photographs", help="the word photographs, or what resnet.py's --data takes")
+    parser.add_argument("--val_fraction", type=float, default=0.0, help="as resnet.py's, for data without a split")
+    parser.add_argument("--num_workers", type=int, default=1, help="loader processes (DALI and torchdata: threads)")
+    parser.add_argument("--images", type=int, default=1024, help="how many to take")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each loader")
+    parser.add_argument("--seconds", type=float, default=5.0, help="least duration of a measurement")
+    parser.add_argument("--loaders", default="", help=f"some of them only, and no sweep: {', '.join(LOADERS)}")
+    parser.add_argument(
+        "--work", default=None, help="an existing folder on the disk to be measured; default: temporary"
+    )
+    parser.add_argument("--output", default="", help="a JSON file; its chart is put beside it")
+    args = parser.parse_args()
+    # Every reader of streams gives an equal part of a batch.
+    args.batch_size = -(-64 // max(1, args.num_workers)) * max(1, args.num_workers)
+    unknown = set(args.loaders.split(",")) - {"", *LOADERS}
+    if unknown:
+        parser.error(f"no loader {min(unknown)}. There are: {', '.join(LOADERS)}")
+    return args
+
+
+if __name__ == "__main__":
+    main(arguments())
