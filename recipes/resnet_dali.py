@@ -43,7 +43,7 @@ from shared.accelerator import build_accelerator, data_parallel, micro_batch_siz
 from shared.checkpoint import load_checkpoint, save_checkpoint
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
-from shared.data.decode import END_OF_IMAGE, plain_jpeg, render, scaled
+from shared.data.decode import intact, plain_jpeg, render, scaled
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
 from shared.tracking import Run
@@ -119,7 +119,7 @@ class Dali:
     def defer(self, image, view, seed, out):
         """In place of rendering it: note a plain JPEG, with the edges of its crop, for DALI."""
         # DALI decodes no further than the crop, and would not miss the end of an image.
-        size = plain_jpeg(image) if isinstance(image, bytes) and image.endswith(END_OF_IMAGE) else None
+        size = plain_jpeg(image) if isinstance(image, bytes) and intact(image) else None
         if size is None:
             return render(image, view, seed, out)
         crop, _ = scaled(view(*size[::-1], seed), out.shape[0], *size[::-1])

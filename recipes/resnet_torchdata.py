@@ -93,6 +93,8 @@ class Epochs:
 
     def load_state_dict(self, state):
         self.epoch, self.drawn = state["epoch"], state["drawn"]
+        if self.drawn == self.order.steps_per_epoch * (self.order.share // self.order.micro_batch_size):
+            self.epoch, self.drawn = self.epoch + 1, 0
 
 
 def read_nodes(views, num_workers, device):

@@ -48,7 +48,7 @@ from shared.checkpoint import load_checkpoint, save_checkpoint
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.data.index import cache_folder
-from shared.data.shards import IMAGES
+from shared.data.shards import image_kind
 from shared.data.streams import read_streams
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, parameter_groups
@@ -97,9 +97,9 @@ def read_shards(source, shards):
         paths = wds.SimpleShardList([os.path.join(source.images.folder, index.shards[shard])])
         # A sample is a dictionary of bytes: they are not decoded here, so that no pickle in a shard is ever read.
         for sample in wds.DataPipeline(paths, wds.tarfile_to_samples(handler=wds.ignore_and_stop)):
-            if sample["__key__"] in waiting:
-                image = next(data for kind, data in sample.items() if kind.rpartition(".")[2] in IMAGES)
-                yield waiting.pop(sample["__key__"]), partial(bytes, image)
+            kind = image_kind(sample)
+            if kind and sample["__key__"] in waiting:
+                yield waiting.pop(sample["__key__"]), partial(bytes, sample[kind])
         for row in waiting.values():
             yield row, partial(source.images.__getitem__, row)
 

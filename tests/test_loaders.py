@@ -98,8 +98,8 @@ def reference() -> list[Batch]:
     [
         *[("resnet_hf_datasets", kind, {}) for kind in ("digits", "parquet", "saved")],
         *[("resnet_torchdata", kind, {"pipeline": "nodes"}) for kind in FORMATS],
-        *[("resnet_torchdata", kind, {"pipeline": "dataloader"}) for kind in FORMATS],
-        *[("resnet_dali", kind, {}) for kind in FORMATS],
+        *[("resnet_torchdata", kind, {"pipeline": "dataloader"}) for kind in ("tar", "parquet")],
+        *[("resnet_dali", kind, {}) for kind in FORMATS[1:]],
     ],
     ids=lambda value: value.get("pipeline", "") if isinstance(value, dict) else value.removeprefix("resnet_"),
 )
@@ -248,7 +248,7 @@ def photographs(tmp_path) -> Path:
     for part, source in zip(("train", "val"), open_data(str(tmp_path), 0, 0), strict=True):
         source.images.index.save(tmp_path / part / "index.safetensors")
         shard = tmp_path / part / "001.tar"
-        os.truncate(shard, int(shard.stat().st_size * 0.45))
+        os.truncate(shard, int(shard.stat().st_size * 0.35))
     return tmp_path
 
 
@@ -261,13 +261,13 @@ def test_streams_name_and_replace_what_is_torn_alike_everywhere(photographs):
         lost.append(sorted(source.images.name(number) for number in torn))
     steps, evaluation = streamed(photographs, **flags)
     assert sorted(name for _, _, torn in steps for name in torn) == lost[0]  # each of them once: 64 are eight steps
-    assert len(lost[0]) >= 18
+    assert len(lost[0]) >= 16 + 2
     assert all(len(images) == 8 for images, *_ in steps)
     assert evaluation[1] == lost[1]
     assert len(evaluation[0]) == 14 - len(lost[1]) < 13
-    for size, num_workers in TOPOLOGIES[1:4]:
+    for size, num_workers in ((1, 2), (2, 1)):
         assert streamed(photographs, size, num_workers, **flags)[1] == evaluation
-        for step in (0, 3, 6):
+        for step in (0, 5):
             assert streamed(photographs, size, num_workers, step, **flags)[0] == steps[step:]
 
 
@@ -314,13 +314,7 @@ def test_dali_shows_what_the_base_shows(files, image_size, bound, capfd):
 
 
 @pytest.mark.parametrize(
-    "tear",
-    [
-        lambda image: image[:-300],
-        garbled,
-        pytest.param(overwritten, marks=pytest.mark.xfail(strict=True, reason="the crop's decoder does not notice")),
-    ],
-    ids=["truncated", "garbled", "overwritten"],
+    "tear", [lambda image: image[:-300], garbled, overwritten], ids=["truncated", "garbled", "overwritten"]
 )
 def test_dali_names_and_replaces_what_the_base_does(files, tear, capfd):
     torn = [files / "train/a/00.jpg", files / "train/b/17.jpg", files / "val/a/34.jpg"]
@@ -344,9 +338,6 @@ def two_epochs() -> list[int]:
     return [batch.digest for step in (0, 11) for batch in loader.starting_at(step)]
 
 
-EMPTY = pytest.mark.xfail(strict=True, reason="one pass is empty where the position was taken at the last step")
-
-
 @pytest.mark.parametrize(
     ("pipeline", "before", "after", "taken"),
     [
@@ -357,8 +348,8 @@ EMPTY = pytest.mark.xfail(strict=True, reason="one pass is empty where the posit
         ("dataloader", (1, 0), (1, 0), 4),
         ("dataloader", (1, 2), (2, 2), 1),
         ("dataloader", (1, 2), (1, 2), 13),
-        pytest.param("dataloader", (1, 0), (1, 0), 11, marks=EMPTY),
-        pytest.param("dataloader", (1, 2), (1, 2), 11, marks=EMPTY),
+        ("dataloader", (1, 0), (1, 0), 11),
+        ("dataloader", (1, 2), (1, 2), 11),
     ],
 )
 def test_a_position_of_torchdata_gives_the_rest(tmp_path, two_epochs, pipeline, before, after, taken):
@@ -395,10 +386,10 @@ FLAGS += ["--report_to", "none", "--num_workers", "1", "--global_batch_size", "3
 
 @pytest.fixture(scope="module")
 def whole(runs, server):
-    """Fifteen steps of a recipe without a break."""
+    """Nine steps of a recipe without a break."""
     return {
         name: train(
-            runs / f"whole-{name}", *FLAGS, "--max_steps", "15", recipe=ROOT / f"recipes/{name}.py", server=server
+            runs / f"whole-{name}", *FLAGS, "--max_steps", "9", recipe=ROOT / f"recipes/{name}.py", server=server
         )
         for name in ("resnet", "resnet_webdataset")
     }
@@ -415,14 +406,14 @@ def whole(runs, server):
 )
 def test_a_run_goes_on_within_an_epoch_as_if_nothing_had_happened(runs, server, whole, name, base, processes):
     folder, options = runs / f"broken-{name}", {"recipe": ROOT / f"recipes/{name}.py", "server": server}
-    train(folder, *FLAGS, "--max_steps", "11", "--checkpointing_steps", "5", **options)
-    shutil.rmtree(folder / "checkpoints/step-00000011")  # as if it had been killed: what is left is of within the loop
-    run = train(folder, *FLAGS, "--max_steps", "15", num_processes=processes, **options)
-    assert "resumed at step 10 of 440" in run.text
+    train(folder, *FLAGS, "--max_steps", "6", "--checkpointing_steps", "5", **options)
+    shutil.rmtree(folder / "checkpoints/step-00000006")  # as if it had been killed: what is left is of within the loop
+    run = train(folder, *FLAGS, "--max_steps", "9", num_processes=processes, **options)
+    assert "resumed at step 5 of 440" in run.text
     assert run.summary["world_size"] == processes
-    last = json.loads((folder / "checkpoints/step-00000015/state.json").read_text())
+    last = json.loads((folder / "checkpoints/step-00000009/state.json").read_text())
     assert (last["loader"] is not None) == (name == "resnet_torchdata")
-    assert run.series("step") == [*range(1, 16), 15]
+    assert run.series("step") == [*range(1, 10), 9]
     assert run.series("samples_digest") == whole[base].series("samples_digest")
     np.testing.assert_allclose(run.series("loss"), whole[base].series("loss"), rtol=1e-5)
     for last in ("accuracy", "eval_samples"):

@@ -7,6 +7,7 @@ reads JPEGs too where both are missing, more slowly. The pixels are the same: al
 """
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from io import BytesIO
@@ -27,6 +28,8 @@ except ImportError:
     nvimgcodec = None
 
 END_OF_IMAGE = b"\xff\xd9"
+# A marker that has no place in compressed data: something else was written over a part of the file.
+STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
 _decoders: dict = {}
 MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
 
@@ -99,7 +102,7 @@ def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, s
 
 def _decode_region(image: bytes, crop: Crop) -> np.ndarray | None:
     """The crop's pixels alone; None where they cannot be had so, or where the image is cut off, perhaps below them."""
-    if not image.endswith(END_OF_IMAGE):
+    if not intact(image):
         return None
     decoder = _decoders.get(key := (os.getpid(), threading.get_ident()))
     if decoder is None:  # one for each thread of each process: a fork would share its parent's
@@ -110,9 +113,22 @@ def _decode_region(image: bytes, crop: Crop) -> np.ndarray | None:
     return None if pixels is None else np.asarray(pixels)
 
 
+def intact(image: bytes) -> bool:
+    """Whether a JPEG may be decoded in part: it has its end, and no other file's bytes within its data."""
+    place = 2
+    while image[place : place + 1] == b"\xff" and image[place + 1 : place + 2] != b"\xda":  # segments
+        place += 2 + int.from_bytes(image[place + 2 : place + 4])
+    place += 2 + int.from_bytes(image[place + 2 : place + 4])
+    return image.endswith(END_OF_IMAGE) and not STRAY.search(image, place)
+
+
 def _decode_any(image: bytes) -> np.ndarray:
     """By PIL: upright, RGB, all of it."""
-    with Image.open(BytesIO(image)) as file:
+    try:
+        file = Image.open(BytesIO(image))
+    except Image.UnidentifiedImageError:
+        raise ValueError("it is no image that PIL knows") from None  # PIL's own words have an address in memory
+    with file:
         _refuse_bomb(*file.size)
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
 

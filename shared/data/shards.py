@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -40,7 +40,7 @@ def scan(folder: Path, shards: list[Path]) -> Index:
 def members(shard: Path) -> list[tuple[str, int, int, int]]:
     """(key, label, offset, length) of each image of a shard; label -1 where it names no class. A shard that was cut
     off is named; an image that it ends within is listed, so that reading it fails and is counted."""
-    image, label = {}, {}
+    images, label = {}, {}
     with open(shard, "rb") as file:
         for member in _headers(shard, file):
             # webdataset's: what comes before the first dot of the file's name.
@@ -53,9 +53,15 @@ def members(shard: Path) -> list[tuple[str, int, int, int]]:
                 )
             if kind == "cls":
                 label[key] = _number(os.pread(file.fileno(), min(member.size, 32), member.offset_data))
-            elif kind.rpartition(".")[2] in IMAGES:
-                image[key] = (member.offset_data, member.size)
-    return [(key, label.get(key, -1), *place) for key, place in image.items()]
+            elif image_kind([kind]):
+                images.setdefault(key, {}).setdefault(kind, (member.offset_data, member.size))
+    return [(key, label.get(key, -1), *kinds[image_kind(kinds)]) for key, kinds in images.items()]
+
+
+def image_kind(kinds: Iterable[str]) -> str | None:
+    """Which of a sample's members is its image: `jpg` or the like before `mask.jpg`, the first before others."""
+    found = [kind for kind in kinds if kind.rpartition(".")[2] in IMAGES]
+    return min(found, key=lambda kind: kind not in IMAGES, default=None)
 
 
 def _headers(shard: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
