@@ -7,6 +7,7 @@ The loaders are already this process's own: they must not go through `accelerato
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError
 from .decode import View, render
@@ -25,6 +26,9 @@ from .sources import Source
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+# Of a worker's batches two are asked for (PyTorch's prefetch_factor), one is in use, one is being written.
+SLOTS = 4
+_slots: deque[Tensor | None] = deque()
 TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
 
@@ -84,7 +88,7 @@ class Views(Dataset):
 
         Raises UserError where as many as there are images in all cannot be.
         """
-        images = _zeros(len(places), self.image_size, self.image_size, 3)
+        images = _pixels(len(places), self.image_size, self.image_size, 3)
         indices, labels = np.full(len(places), -1), np.zeros(len(places), dtype=np.int64)
         seeds, mirrored = np.zeros(len(places), dtype=np.uint64), np.zeros(len(places), dtype=bool)
         torn = []
@@ -101,6 +105,8 @@ class Views(Dataset):
                         torn.append(f"{self.source.images.name(index)}: {error}")
                     if tries + 1 >= len(self):
                         raise UserError(f"not one of {len(self)} images can be decoded. Look at {torn[-1]}") from error
+            else:
+                images[row] = 0
         known = digest(indices.tolist(), seeds.tolist())
         tensors = (torch.from_numpy(array) for array in (labels, indices >= 0, seeds.view(np.int64), mirrored))
         return Batch(images, *tensors, digest=known, torn=tuple(torn))
@@ -111,15 +117,25 @@ class Views(Dataset):
         return self.render(read(), self.view, seed, out)
 
 
-def _zeros(*shape: int) -> Tensor:
-    """Of uint8; in a worker in the memory that it shares with its process, so that sending them copies nothing."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+def _pixels(*shape: int) -> Tensor:
+    """Memory of uint8 for a batch: in a worker the piece of its shared memory whose turn it is, else new."""
+    if not _slots:
+        return torch.empty(shape, dtype=torch.uint8)
+    _slots.rotate()
+    if _slots[0] is None or _slots[0].shape != shape:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+        _slots[0] = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    return _slots[0]
+
+
+def _reuse_memory(worker: int) -> None:
+    """For a worker of a Loader, which has copied a batch before it asks for the next one: new shared memory for each
+    would cost a page fault for every 4 KiB."""
+    _slots.extend([None] * SLOTS)
 
 
 def worker_options(num_workers: int, device: torch.device) -> dict:
-    """What every DataLoader of this collection is given."""
+    """What every DataLoader of this collection is given; a batch of its workers is good until the next one but one."""
     return {
         "collate_fn": _as_is,
         "num_workers": num_workers,
@@ -127,6 +143,7 @@ def worker_options(num_workers: int, device: torch.device) -> dict:
         "pin_memory": device.type == "cuda",
         # Its own: a draw from the global state would make initial weights depend on the number of workers.
         "generator": torch.Generator(),
+        "worker_init_fn": _reuse_memory,
         # Forked workers start at once; Python 3.14's default imports torch anew in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
     }
