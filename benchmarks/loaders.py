@@ -459,7 +459,8 @@ def chart(rows: list[dict], sweep: list[dict], path: Path) -> None:
     lines.set_ylabel("images a second")
     lines.set_ylim(bottom=0)
     if sweep:
-        lines.legend()
+        lines.set_xticks(sorted({row["num_workers"] for row in sweep}))
+        lines.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

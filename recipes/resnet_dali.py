@@ -18,12 +18,12 @@ Base: resnet.py. Changes: build_loaders.
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_dali.py --data FOLDER                                  # on each of four nodes, R = 0 to 3
 
-DALI is fed each batch's images in our order, from any storage, with the crops that our augmentation drew: samples and
-crops are resnet.py's, the position is the checkpoint's step, last batches are exact. Pixels are within 0.5 of 255 of
-resnet.py's in the mean of an image, or 5 where that shrinks a crop of twice the network's size while it decodes. What
-is no plain JPEG, and a batch in which DALI fails, goes to the decoder of all recipes, which names torn images.
+DALI is fed each batch's images in our order, from any storage, with the crops that our augmentation drew; the position
+is the checkpoint's step. Pixels are within 0.5 of 255 of resnet.py's in an image's mean, or 5 where that shrinks while
+it decodes. What is no sound, plain JPEG goes to the decoder of all recipes, which names torn images.
 
-When: MEASURED
+When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 424 images/s of a core at
+224 px, DALI with its own reader 482, resnet.py 793 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-23.json).
 """
 
 import sys
