@@ -39,13 +39,13 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size
-from shared.checkpoint import load_checkpoint, loader_state, save_checkpoint
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
+from shared.checkpoint import read_state
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.data.loaders import read_by_workers, worker_options
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, parameter_groups
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.tracking import Run
 
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -120,7 +120,7 @@ def read_dataloader(views, num_workers, device):
 def set_position(loader, checkpoint, num_workers):
     """Let the loader go on where the checkpoint's stood. Its workers start here, before any thread computes."""
     if checkpoint:
-        state = loader_state(checkpoint)
+        state = read_state(checkpoint)["loader"]
         workers = state.get("_snapshot", {}).get("_main_snapshot", {}).get("_num_workers", 0)
         if "root" not in state and workers != num_workers:
             raise UserError(
@@ -172,6 +172,7 @@ def parallelize(accelerator, model, optimizer, config):
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
+    settle_buckets(model, config.image_size)
     if config.compile:
         model.compile()
     return model, optimizer
@@ -180,25 +181,24 @@ def parallelize(accelerator, model, optimizer, config):
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
     """From the run's step to the end of its epoch, or to where the run stops."""
     model.train()
-    grad_norm = None
     for batch in loader:
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            run.observe(batch, loss)
             accelerator.backward(loss)
-            # The norm takes two passes over the gradients: only where it clips or is logged.
-            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
-            optimizer.step()
+            if accelerator.sync_gradients:
+                grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
+                if run.is_finite(grad_norm):
+                    optimizer.step()
             optimizer.zero_grad()
-        run.observe(batch, loss)
         if accelerator.sync_gradients:
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
             if run.checkpoint_due:
                 position = loader.batches.state_dict()
-                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler, position)
+                run.save(model, optimizer, scheduler, position)
             if run.stopping:
                 return
 
@@ -227,13 +227,14 @@ def main(run_config, config):
         optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
         model, optimizer = parallelize(accelerator, model, optimizer, config)
         if run.checkpoint:
-            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+            run.resume(model, optimizer, scheduler)
         with run.profiling(len(eval_loader)):
             while not run.stopping:
                 train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
-                evaluate(accelerator, model, eval_loader, run)
+                if run.evaluation_due:
+                    evaluate(accelerator, model, eval_loader, run)
                 position = train_loader.batches.state_dict()
-                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler, position)
+                run.save(model, optimizer, scheduler, position)
     run.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -33,7 +33,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_
 from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision, world_size
-from shared.checkpoint import load_checkpoint, save_checkpoint
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.metrics import Evaluation
@@ -178,18 +177,19 @@ def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, sche
         with accelerator.accumulate():
             with stage.measure(run.will_log):
                 loss = step(accelerator, stage, schedule, batch, config)
+            run.observe(batch, loss)
             if accelerator.sync_gradients:
                 average(accelerator, model)
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm or float("inf"))
-            optimizer.step()
+                if run.is_finite(grad_norm):
+                    optimizer.step()
             optimizer.zero_grad()
-        run.observe(batch, loss)
         if accelerator.sync_gradients:
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
             if run.checkpoint_due:
-                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+                run.save(model, optimizer, scheduler)
             if run.stopping:
                 return
 
@@ -234,12 +234,13 @@ def main(run_config, config):
         optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
         optimizer = accelerator.prepare_optimizer(optimizer)
         if run.checkpoint:
-            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+            run.resume(model, optimizer, scheduler)
         with run.profiling(len(eval_loader)):
             while not run.stopping:
                 train_one_epoch(accelerator, model, stage, schedule, train_loader, optimizer, scheduler, config, run)
-                evaluate(accelerator, model, stage, schedule, eval_loader, run)
-                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+                if run.evaluation_due:
+                    evaluate(accelerator, model, stage, schedule, eval_loader, run)
+                run.save(model, optimizer, scheduler)
         run.say(stage_table(accelerator, stage, config.pipeline_schedule, config.pipeline_chunks))
     run.finish()
     accelerator.wait_for_everyone()

@@ -273,12 +273,13 @@ def train_one_epoch(accelerator, model, buckets, loader, optimizer, scheduler, c
             with accelerator.autocast():
                 logits = model(batch.images)
             loss = parallel_cross_entropy(logits, batch.labels, model.config.num_labels, config.label_smoothing)
+            run.observe(batch, loss)
             accelerator.backward(loss)
-        run.observe(batch, loss)
         if accelerator.sync_gradients:
             buckets.wait()
             grad_norm = clip_grad_norm_(model, config.max_grad_norm or float("inf"))
-            optimizer.step()
+            if run.is_finite(grad_norm):
+                optimizer.step()
             optimizer.zero_grad()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
@@ -441,7 +442,8 @@ def main(run_config, config):
             with run.profiling(len(eval_loader)):
                 while not run.stopping:
                     train_one_epoch(accelerator, model, buckets, train_loader, optimizer, scheduler, config, run)
-                    evaluate(accelerator, model, eval_loader, run)
+                    if run.evaluation_due:
+                        evaluate(accelerator, model, eval_loader, run)
         accelerator.wait_for_everyone()  # for rank 0's summary
         run.finish()
     accelerator.wait_for_everyone()

@@ -38,11 +38,11 @@ from transformers.hf_argparser import HfArg
 from transformers.initialization import no_init_weights
 
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, strategy
-from shared.checkpoint import ZERO, load_checkpoint, save_checkpoint
+from shared.checkpoint import ZERO
 from shared.config import RunConfig, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, parameter_groups
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.tracking import Run
 from shared.vit import (
     VisionTransformer,
@@ -155,24 +155,23 @@ def parallelize(accelerator, model, optimizer, config):
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
     """From the run's step to the end of its epoch, or to where the run stops."""
     model.train()
-    grad_norm = None
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
             loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            run.observe(batch, loss)
             accelerator.backward(loss)
-            # The norm takes two passes over the gradients: only where it clips or is logged.
-            if accelerator.sync_gradients and (config.max_grad_norm or run.will_log):
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
-            optimizer.step()
+            if accelerator.sync_gradients:
+                grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
+                if run.is_finite(grad_norm):
+                    optimizer.step()
             optimizer.zero_grad()
-        run.observe(batch, loss)
         if accelerator.sync_gradients:
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
             if run.checkpoint_due:
-                save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
+                run.save(model, optimizer, scheduler)
             if run.stopping:
                 return
 
@@ -212,15 +211,16 @@ def main(run_config, config):
         optimizer, scheduler = build_optimizer(accelerator, model, config, steps_per_epoch)
         model, optimizer = parallelize(accelerator, model, optimizer, config)
         if run.checkpoint:
-            run.resume_at(load_checkpoint(run.checkpoint, accelerator, model, optimizer, scheduler))
+            run.resume(model, optimizer, scheduler)
         with run.profiling(len(eval_loader)):
             while not run.stopping:
                 train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run)
-                evaluate(accelerator, model, eval_loader, run)
-                checkpoint = save_checkpoint(run.folder, run.step, accelerator, model, optimizer, scheduler)
-        if accelerator.is_main_process:
-            export(model, eval_loader, checkpoint, run.folder / "pretrained")
-        run.say(f"whole weights: {run.folder / 'pretrained'}")
+                if run.evaluation_due:
+                    evaluate(accelerator, model, eval_loader, run)
+                run.save(model, optimizer, scheduler)
+        if accelerator.is_main_process and not run.interrupted:
+            export(model, eval_loader, run.newest_checkpoint, run.folder / "pretrained")
+            run.say(f"whole weights: {run.folder / 'pretrained'}")
     run.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()

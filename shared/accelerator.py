@@ -7,13 +7,17 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError
 
@@ -22,6 +26,8 @@ LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
 
 # DTensor's advice to join two all-reduces, for the one number of the gradient's norm.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+GRACE = 45  # seconds for a last checkpoint; a new start waits 60 for the folder's lock
 
 # Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
 MESH = ("pp", "dp", "tp")
@@ -238,9 +244,32 @@ def _check_processes(on_cpu: bool) -> None:
         )
 
 
+def settle_buckets(model: nn.Module, image_size: int) -> None:
+    """Let DDP sort its buckets before the first step: call it after `prepare`, at every start.
+
+    After its first backward DDP sorts them by when the gradients came. A resumed run would do so at another step than
+    an uninterrupted one, and its sums would round otherwise. So one image is thrown away here.
+    """
+    if isinstance(model, DistributedDataParallel):
+        device = next(model.parameters()).device
+        model.eval()  # batch norm's statistics stay as they are
+        with torch.compiler.set_stance("force_eager"):
+            model(torch.zeros(1, 3, image_size, image_size, device=device)).sum().backward()
+        model.zero_grad()
+
+
 def _die_with_launcher() -> None:
-    """Ask Linux to kill this worker when its launcher dies: a killed launcher leaves its workers running."""
+    """Workers end when their launcher does: at first as if by SIGTERM, with a checkpoint; GRACE seconds later by
+    force, for one may wait for a peer that is gone."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        threading.Thread(target=_end_by_force, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_force(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)

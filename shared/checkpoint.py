@@ -1,169 +1,400 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are complete or absent: written beside, renamed into place.
+"""Checkpoints that are complete or absent, and are checked before anything of them is used.
 
-A checkpoint holds what the future depends on: weights and optimizer state under the plain model's parameter names
-(torch.distributed.checkpoint), and in state.json the global step, the schedule and the gradient scaler. The sample
-order and the augmentation are functions of the step, so no random state is in it, and no loader's but where a recipe
-gives one.
+A checkpoint holds what the future depends on: weights, buffers and optimizer state under the plain model's names, in
+safetensors files that any number of processes reads (torch.distributed.checkpoint); in state.json the schedule, the
+gradient scaler and what a recipe gives of its loader. The sample order and the augmentation are functions of the step,
+so no random state is in it. manifest.json, written last, names every file with its size and SHA-256; then the folder
+gets its name.
+
+What is trusted: nothing here is unpickled, but where DeepSpeed owns the state. Its files are pickles; their checksums
+are verified before they are opened, which tells damage, not malice: resume ZeRO only from folders of your own.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .accelerator import strategy
 from .config import UserError
+from .tensor_files import TensorReader, TensorWriter, to_disk, write_json
 
 # Said by torch of every save and load by one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-KEPT = 2
+MANIFEST, STATE = "manifest.json", "state.json"
 ZERO = "zero"  # DeepSpeed's folder within a checkpoint
 # One entry a parameter, not one a group: then each process of a pipeline can bring its own parameters.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def save_checkpoint(
-    run_folder: Path,
-    step: int,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    loader: dict | None = None,
-) -> Path:
-    """Write run_folder/checkpoints/step-XXXXXXXX, then remove all but the KEPT newest; every process must call it.
+class SaveError(RuntimeError):
+    """No checkpoint was written: raised by every process, also where only one had the reason."""
 
-    loader: a loader's state, the same on every process, in what JSON can hold.
-    """
-    folder = run_folder / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"tmp-{step:08d}"
+
+class Checkpoints:
+    """Writes a run's checkpoints, in the background where that is asked for. Every process makes one and calls every
+    method."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, identity: dict, keep: int, background: bool):
+        """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by accuracy stays besides."""
+        if background and strategy().startswith("zero"):
+            raise UserError("DeepSpeed writes its state itself. Leave --async_checkpoint out under ZeRO.")
+        self.folder, self.accelerator, self.identity, self.keep = folder, accelerator, identity, keep
+        self.background, self.buffers = background, {}
+        self.thread: threading.Thread | None = None
+        self.error: SaveError | None = None
+        self.alone = accelerator.num_processes == 1
+        # A group of its own: the thread's messages must not come between the training's.
+        self.group = None if self.alone else torch.distributed.new_group(backend="gloo")
+
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict, manifest: dict
+    ) -> None:
+        """Write step-XXXXXXXX of state["step"], then remove what need not be kept.
+
+        state is for the resume, manifest for people and tools; both in what JSON can hold. Raises SaveError; every
+        checkpoint that was complete then still is.
+        """
+        if self.thread:
+            self.thread.join()  # one at a time; `failure` has what went wrong with it
+        final, temporary = (self.folder / f"{word}-{state['step']:08d}" for word in ("step", "tmp"))
+        if self._agreed(lambda: final.exists() and not damage(final, contents=False), on_main=True)[0]:
+            return  # a run that was started from an older checkpoint comes by here again: the step decides the content
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        state = {**state, "scheduler": scheduler.state_dict(), "scaler": scaler}
+        manifest = {"step": state["step"], "identity": self.identity, **manifest}
+        self._agreed(lambda: _make(temporary), on_main=True)
+        tensors = {}
+        if strategy().startswith("zero"):
+            self._agreed(lambda: tensors.update(_zero_tensors(temporary, self.accelerator, model)))
+        else:
+            tensors = _tensors(*_state(self.accelerator, model, optimizer))
+        if self.background:
+            arguments = temporary, final, tensors, self._staged(tensors), state, manifest
+            self.thread = threading.Thread(target=self._write_behind, args=arguments, daemon=True)
+            self.thread.start()
+        else:
+            self._write(temporary, final, tensors, None, state, manifest)
+
+    def wait(self) -> None:
+        """Until the save in the background is durable; raises its SaveError."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if error := self.failure():
+            raise error
+
+    def failure(self) -> SaveError | None:
+        """What went wrong with a save in the background, once."""
+        error, self.error = self.error, None
+        return error
+
+    def _write_behind(self, *arguments) -> None:
+        try:
+            self._write(*arguments)
+        except SaveError as error:
+            self.error = error
+        except Exception as error:  # of a connection to a process that is gone: the training will find it as well
+            self.error = SaveError(str(error))
+
+    def _staged(self, tensors: dict) -> dict[str, Tensor]:
+        """This process's parts, copied into memory of the host that is used again by the next save."""
+        cuda = self.accelerator.device.type == "cuda"
+        for name, tensor in tensors.items():
+            part = local(tensor)
+            if name not in self.buffers or self.buffers[name].shape != part.shape:
+                self.buffers[name] = torch.empty_like(part, device="cpu", pin_memory=cuda)
+            self.buffers[name].copy_(part, non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return self.buffers
+
+    def _write(
+        self, temporary: Path, final: Path, tensors: dict, staged: dict | None, state: dict, manifest: dict
+    ) -> None:
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        try:
+            self._save_tensors(tensors, TensorWriter(temporary, rank, staged))
+            names = self._agreed(lambda: _finish(temporary, state), on_main=True)[0]
+            sums = self._agreed(lambda: {name: _sum(temporary / name) for name in names[rank::size]})
+            manifest["files"] = {name: entry for part in sums for name, entry in part.items()}
+            self._agreed(lambda: _publish(temporary, final, manifest, self.keep), on_main=True)
+        except SaveError:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _save_tensors(self, tensors: dict, writer: TensorWriter) -> None:
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.alone)
+        except dcp.api.CheckpointException as error:  # torch raises it on every process
+            rank, (problem, _) = next(iter(error.failures.items()))
+            raise SaveError(f"{problem} (process {rank})") from error
+
+    def _agreed(self, function: Callable, on_main: bool = False) -> list:
+        """What each process's call gave. Where one raises OSError or RuntimeError, all of them raise SaveError."""
+        outcome = None, None
+        if self.accelerator.is_main_process or not on_main:
+            try:
+                outcome = function(), None
+            except (OSError, RuntimeError) as error:
+                outcome = None, str(error)
+        outcomes = [outcome]
+        if not self.alone:
+            outcomes = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(outcomes, outcome, group=self.group)
+        for rank, (_, error) in enumerate(outcomes):
+            if error:
+                raise SaveError(f"{error} (process {rank})")
+        return [result for result, _ in outcomes]
+
+
+def _make(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _finish(temporary: Path, state: dict) -> list[str]:
+    write_json(temporary / STATE, state)
+    return sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+
+
+def _publish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
+    write_json(temporary / MANIFEST, manifest)
+    for folder in {(temporary / name).parent for name in manifest["files"]}:
+        to_disk(folder)
     if final.exists():
-        # A run that was started from an older checkpoint comes by here again: the step decides the content.
-        return final
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    if strategy().startswith("zero"):
-        _save_zero(temporary, accelerator, model)
-    else:
-        weights, moments = get_state_dict(model, _unwrapped(optimizer), options=FLAT)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=_alone())
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        state = {"step": step, "scheduler": scheduler.state_dict(), "scaler": scaler, "loader": loader}
-        _write_json(temporary / "state.json", state)
-        os.rename(temporary, final)
-        _sync(folder)
-        for old in complete_checkpoints(folder)[:-KEPT]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+        _remove(final)  # it is torn, or this step would not have been saved again
+    os.rename(temporary, final)
+    to_disk(final.parent)
+    for old in superfluous(final.parent, keep):
+        _remove(old)
 
 
-def load_checkpoint(
-    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
-) -> int:
-    """Put everything back and return the global step; every process must call it."""
-    if strategy().startswith("zero"):
-        _load_zero(path, model)
-    else:
-        optimizer = _unwrapped(optimizer)
-        weights, moments = get_state_dict(model, optimizer, options=FLAT)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=_alone())
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
-    state = json.loads((path / "state.json").read_text())
-    scheduler.load_state_dict(state["scheduler"])
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["step"]
+def _remove(folder: Path) -> None:
+    """In two steps, so that no kill leaves a part of it under its name."""
+    beside = folder.with_name(folder.name.replace("step-", "tmp-"))
+    shutil.rmtree(beside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm
+        os.rename(folder, beside)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
-def loader_state(path: Path) -> dict | None:
-    """What the recipe gave as its loader's state."""
-    return json.loads((path / "state.json").read_text())["loader"]
+def _sum(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _save_zero(folder: Path, accelerator: Accelerator, model: nn.Module) -> None:
-    """DeepSpeed's shards for its own resume, and beside them the whole weights in fp32 under their plain names."""
+# What is saved
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that this process holds."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _state(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[dict, dict]:
+    """Weights and buffers, and the optimizer's state, by plain names, each as this process holds it."""
+    if isinstance(model, DistributedDataParallel):
+        # DDP's next forward would do so: batch norm's statistics are rank 0's, but the planner takes anyone's.
+        for buffer in model.module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    return get_state_dict(model, _unwrapped(optimizer), options=FLAT)
+
+
+def _tensors(weights: dict, moments: dict) -> dict[str, Tensor]:
+    """Those of both, under one name each. What else an optimizer keeps comes from the configuration."""
+    named = {"model": weights, "optimizer": moments}
+    return {
+        f"{part}.{name}": value
+        for part, values in named.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _zero_tensors(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """Write DeepSpeed's shards for its own resume; rank 0 gets the whole weights in fp32 under their plain names."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    model.save_checkpoint(str(folder), tag=ZERO)
+    model.save_checkpoint(str(folder), tag=ZERO, save_latest=False)
+    rank, main = accelerator.process_index, accelerator.is_main_process
+    for path in (folder / ZERO).iterdir():
+        if f"pp_rank_{rank}_" in path.name or (main and "pp_rank_" not in path.name):
+            to_disk(path)
     weights = {}
     for name, parameter in model.module.named_parameters():
         whole = safe_get_full_fp32_param(parameter)  # gathers: every process must call it
-        if accelerator.is_main_process:
-            weights[name] = whole.cpu()
-    if accelerator.is_main_process:
-        dcp.save({"model": weights}, checkpoint_id=folder, no_dist=True)
-    accelerator.wait_for_everyone()
-
-
-def _load_zero(path: Path, model: nn.Module) -> None:
-    """Raises UserError where another strategy, or another number of processes, wrote the checkpoint."""
-    shards = list((path / ZERO).glob("*_optim_states.pt"))
-    if len(shards) != torch.distributed.get_world_size():
-        raise UserError(
-            f"{path} was written by {len(shards)} ZeRO processes; here are {torch.distributed.get_world_size()}. "
-            "Resume with that strategy and number, or give another --output_dir."
-        )
-    model.load_checkpoint(str(path), tag=ZERO)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; a folder that bears this name was written to its end."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
-def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> Path | None:
-    """What `--resume_from_checkpoint` means here; None is a fresh start.
-
-    Raises UserError for a path that is no checkpoint, and for `never` where the folder holds one.
-    """
-    complete = complete_checkpoints(folder)
-    if resume_from_checkpoint == "auto":
-        return complete[-1] if complete else None
-    if resume_from_checkpoint == "never":
-        if complete:
-            raise UserError(f"{folder.parent} holds a run. Remove that folder, or give another --output_dir.")
-        return None
-    path = Path(resume_from_checkpoint).resolve()
-    if not (path / "state.json").is_file() or not path.name.startswith("step-"):
-        raise UserError(
-            f"--resume_from_checkpoint {resume_from_checkpoint} is no complete checkpoint. "
-            "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
-        )
-    return path
-
-
-def _alone() -> bool:
-    return not torch.distributed.is_initialized()
+        if main:
+            weights[f"model.{name}"] = whole.cpu()
+    return weights
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _write_json(path: Path, values: dict) -> None:
-    with open(path, "w") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
+# Reading
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def load_checkpoint(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict:
+    """Put everything back and return state.json's content; every process must call it.
+
+    Raises UserError where the checkpoint lacks something that the training has, or has what the training lacks.
+    """
+    if strategy().startswith("zero"):
+        _load_zero(path, model)
+    else:
+        weights, moments = _state(accelerator, model, optimizer)
+        tensors, reader = _tensors(weights, moments), TensorReader(path)
+        _check_names(path, set(reader.read_metadata().state_dict_metadata), set(tensors), accelerator)
+        # Into the tensors themselves; set_state_dict then tells those of them that the optimizer has made anew.
+        dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
+        states = {"model_state_dict": weights, "optim_state_dict": moments}
+        set_state_dict(model, _unwrapped(optimizer), **states, options=FLAT)
+    state = read_state(path)
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    rates = scheduler.base_lrs
+    scheduler.load_state_dict(state["scheduler"])
+    scheduler.base_lrs, scheduler.last_epoch = rates, scheduler.last_epoch - 1
+    scheduler.step()  # to the rates of this configuration, which --resume_override may have changed
+    return state
+
+
+def read_state(path: Path) -> dict:
+    """state.json of a checkpoint: step, scheduler, scaler, and what the recipe gave as `loader`."""
+    return json.loads((path / STATE).read_text())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Plain name -> whole weight or buffer, on the CPU, whoever wrote its parts; DeepSpeed's are in fp32."""
+    reader, part = TensorReader(path), "model."
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(part)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(part): tensor for name, tensor in state.items()}
+
+
+def _check_names(path: Path, there: set[str], mine: set[str], accelerator: Accelerator) -> None:
+    everyone = [mine]
+    if accelerator.num_processes > 1:
+        everyone = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(everyone, mine)
+    wanted = set().union(*everyone)
+    for these, those, verb in ((wanted, there, "lacks"), (there, wanted, "has, but this training has not,")):
+        if these - those:
+            names = ", ".join(sorted(these - those)[:3])
+            raise UserError(f"{path} {verb} {names}. Resume with the model and optimizer that wrote it.")
+
+
+def _load_zero(path: Path, model: nn.Module) -> None:
+    """Raises UserError where another strategy, or another number of processes, wrote the checkpoint."""
+    shards, size = len(list((path / ZERO).glob("*_optim_states.pt"))), torch.distributed.get_world_size()
+    if shards != size:
+        run_folder = path.parent.parent
+        raise UserError(
+            f"{path} was written by {shards} ZeRO processes; here are {size}. Resume with that strategy and number, "
+            f"or start from its weights: `python tools/export.py {run_folder} weights`, then --pretrained weights and "
+            "another --output_dir."
+        )
+    model.load_checkpoint(str(path), tag=ZERO)
+
+
+# Looking at what is there
+
+
+def read_manifest(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """Why a checkpoint cannot be used; None where it is whole. contents: compare checksums too, not only sizes."""
+    try:
+        files = read_manifest(folder)["files"]
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        strangers = there - {*files, MANIFEST}
+        if strangers:
+            return f"{min(strangers)} is not in its {MANIFEST}"
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda name: _file_damage(folder / name, files[name], contents), files)
+            return next(filter(None, found), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+
+
+def _file_damage(path: Path, expected: dict, contents: bool) -> str | None:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes instead of {expected['bytes']}"
+    if contents and _sum(path)["sha256"] != expected["sha256"]:
+        return f"{path.name} is not what was written: its SHA-256 differs"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; a folder that bears this name was written to its end."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def superfluous(folder: Path, keep: int) -> list[Path]:
+    """Whole checkpoints but the newest `keep` and the one with the best accuracy, the newest of equals. What is
+    damaged neither counts nor goes."""
+    whole = [path for path in checkpoints(folder) if damage(path, contents=False) is None]
+    best = max(whole, key=lambda path: (read_manifest(path).get("accuracy") or -1, path), default=None)
+    return [path for path in whole[:-keep] if path != best]
+
+
+def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> tuple[Path | None, list[str]]:
+    """What `--resume_from_checkpoint` means here, None for a fresh start; and a line for each damaged one passed over.
+
+    Raises UserError for a path that is no whole checkpoint, for `never` where the folder holds one, and where all are
+    damaged.
+    """
+    there = checkpoints(folder)
+    if resume_from_checkpoint == "never" and there:
+        raise UserError(f"{folder.parent} holds a run. Remove that folder, or give another --output_dir.")
+    if resume_from_checkpoint not in ("auto", "never"):
+        path = Path(resume_from_checkpoint).resolve()
+        reason = damage(path) if path.name.startswith("step-") else "a checkpoint is a folder step-XXXXXXXX"
+        if reason:
+            raise UserError(
+                f"--resume_from_checkpoint {resume_from_checkpoint} is no whole checkpoint: {reason}. "
+                "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
+            )
+        return path, []
+    passed = []
+    for path in reversed(there):
+        reason = damage(path)
+        if reason is None:
+            return path, passed
+        passed.append(f"{path} is damaged: {reason}")
+    if passed:
+        raise UserError(f"{passed[0]}, and no other is whole. Remove {folder.parent} to start afresh.")
+    return None, []

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -57,6 +58,8 @@ BOUNDS = {
     "shuffle_block": (0, math.inf),
     "num_streams": (1, math.inf),
     "logging_steps": (1, math.inf),
+    "keep_checkpoints": (2, math.inf),
+    "time_limit": (0, math.inf),
     "seed": (0, 2**63 - 1),
 }
 
@@ -82,6 +85,11 @@ class RunConfig:
     output_dir: str = HfArg(default="", help="the run's folder; empty = runs/<recipe>-<hash of the configuration>")
     checkpointing_steps: str = HfArg(default="epoch", help="steps between checkpoints, or the word epoch")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto = newest in output_dir, never, or a checkpoint")
+    resume_override: str = HfArg(default="", help="values, by name, that a resume may change: learning_rate,epochs")
+    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints to keep; the most accurate one stays besides")
+    async_checkpoint: bool = HfArg(default=False, help="train on while a copy of the state is written")
+    time_limit: float = HfArg(default=0.0, help="seconds until the run saves and ends; 0 = Slurm's job end, if any")
+    on_nonfinite: Literal["stop", "skip"] = HfArg(default="stop", help="what a gradient with nan or inf does")
     report_to: str = HfArg(
         default="tensorboard", help="trackers: tensorboard, wandb, mlflow, comma-separated, or none"
     )

@@ -3,10 +3,14 @@
 
 import math
 
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
+
+from .accelerator import strategy
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
@@ -39,3 +43,17 @@ def one_cycle(step: int, total_steps: int, warmup_steps: int) -> float:
         return 1 - (1 - first) * (1 + math.cos(math.pi * step / warmup_steps)) / 2
     way = min(1, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     return last + (1 - last) * (1 + math.cos(math.pi * way)) / 2
+
+
+def clip_grad_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """The norm of all gradients, which are then scaled so that it is at most max_norm; 0 leaves them as they are.
+
+    Without clipping one pass over the gradients, where torch's clip_grad_norm_ takes two and writes each.
+    """
+    if strategy().startswith("zero"):
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)  # DeepSpeed has done it: this reads the norm
+    accelerator.unscale_gradients()
+    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    if max_norm:
+        clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm

@@ -3,8 +3,10 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,14 +22,25 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from accelerate.utils import ProfileKwargs
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from .accelerator import MESH, all_reduce_sum, data_parallel, mixed_precision, on_main_process, strategy
-from .checkpoint import checkpoint_to_resume
+from .checkpoint import (
+    Checkpoints,
+    SaveError,
+    checkpoint_to_resume,
+    checkpoints,
+    load_checkpoint,
+    read_manifest,
+)
 from .config import RunConfig, UserError, identity, identity_hash
 from .data import Batch
+from .interruption import Interruption
+from .tensor_files import to_disk
 
 LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
 TRACED = 3  # training steps, and evaluation batches, in the trace of --profile
@@ -57,8 +70,10 @@ class Run:
         trackers = _trackers(run_config.report_to)
         self.checkpoint, self.former = on_main_process(accelerator, self._claim)
         self.finished = self.former.get("status") == "finished" and self.former["steps"] >= self.last_step
-        self.step, self.first_step, self.evaluation = 0, 0, {}
+        self.step, self.first_step, self.saved_step, self.evaluation = 0, 0, 0, {}
         self.torn, self.train_seconds, self.launched = 0, 0.0, time.perf_counter()
+        self.interrupted = ""  # or the reason, the same one on every process
+        self.save_seconds, self.step_end, self.skipped = 0.0, time.perf_counter(), False
         self.profiler = SimpleNamespace(step=lambda: None)
         self._start_window()
         if not self.finished:
@@ -72,10 +87,34 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}. Give another --output_dir.") from error
         print(self.folder, flush=True)
-        checkpoint = checkpoint_to_resume(self.folder / "checkpoints", self.run_config.resume_from_checkpoint)
-        for folder in {self.folder, checkpoint.parent.parent if checkpoint else self.folder}:
-            _refuse_other_run(folder, self.identity)
+        folder = self.folder / "checkpoints"
+        checkpoint, damaged = checkpoint_to_resume(folder, self.run_config.resume_from_checkpoint)
+        for line in damaged:
+            print(f"{line}; the one before it is taken", file=sys.stderr, flush=True)
+        overridden = self._refuse_other_values(checkpoint)
+        if overridden and checkpoint and checkpoint.parent == folder and checkpoint != checkpoints(folder)[-1]:
+            raise UserError(f"{folder} holds later checkpoints, of other values. Give another --output_dir.")
+        for unfinished in folder.glob("tmp-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         return checkpoint, _read_json(self.folder / "summary.json")
+
+    def _refuse_other_values(self, checkpoint: Path | None) -> bool:
+        """Whether this run differs, in what --resume_override names, from the one of the folder or the checkpoint."""
+        folders = _read_json(self.folder / "config.json").get("identity", self.identity)
+        sources = [folders, read_manifest(checkpoint)["identity"] if checkpoint else folders]
+        known = {name: [former.get(name) for former in sources] for name in {*self.identity, *sources[0], *sources[1]}}
+        changed = {name for name, values in known.items() if {*map(str, values)} != {str(self.identity.get(name))}}
+        allowed = set(self.run_config.resume_override.replace(",", " ").split())
+        if allowed - known.keys():
+            raise UserError(f"--resume_override {min(allowed - known.keys())} is no value that decides a run.")
+        if changed - allowed:
+            other = sorted(changed - allowed)
+            changes = ", ".join(f"{name} was {known[name][1]}, is {self.identity.get(name)}" for name in other)
+            raise UserError(
+                f"{checkpoint or self.folder} is of another run: {changes}. Give these values, or another "
+                f"--output_dir; or --resume_override {','.join(sorted(changed))} to go on with the new ones."
+            )
+        return bool(changed)
 
     def _open(self, classes: list[str], trackers: list[str]) -> None:
         self.say(self._batch_line())
@@ -84,6 +123,9 @@ class Run:
             if self.checkpoint is None:
                 self._drop_lines_after(0)
             self._write_summary("running")
+        options = self.run_config.keep_checkpoints, self.run_config.async_checkpoint
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator, self.identity, *options)
+        self.interruption = Interruption(self.accelerator, self.folder, self.run_config.time_limit)
         self._start_trackers(trackers)
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal, not in a log file
         self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
@@ -107,7 +149,7 @@ class Run:
             "command": [sys.executable, *sys.argv],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "git_commit": _git_commit(),
-            "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
+            "versions": self._versions(),
             "launcher": {
                 name: value
                 for name, value in sorted(os.environ.items())
@@ -124,6 +166,9 @@ class Run:
             "shared": str(Path(__file__).with_name("__init__.py")),
         }
 
+    def _versions(self) -> dict[str, str | None]:
+        return {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+
     # Position
 
     @property
@@ -132,7 +177,11 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        return self.step >= self.last_step
+        return self.step >= self.last_step or bool(self.interrupted)
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        return next(reversed(checkpoints(self.folder / "checkpoints")), None)
 
     @property
     def will_log(self) -> bool:
@@ -140,19 +189,68 @@ class Run:
         return (self.step + 1) % self.run_config.logging_steps == 0 or self.step + 1 >= self.last_step
 
     @property
+    def evaluation_due(self) -> bool:
+        """At the end of an epoch or of the run; an interruption within an epoch leaves no trace in the metrics."""
+        return self.step % self.epoch_steps == 0 or self.step >= self.last_step
+
+    @property
     def checkpoint_due(self) -> bool:
         """Within an epoch. At its end the evaluation comes first, so that a resume cannot skip it."""
         at_end = self.stopping or self.step % self.epoch_steps == 0
         return not at_end and self.step % self.checkpoint_steps == 0
 
-    def resume_at(self, step: int) -> None:
-        """Go on after this global step, with the lines past it dropped from metrics.jsonl."""
-        self.step = self.first_step = step
+    def resume(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Go on after the checkpoint's global step, with the lines past it dropped from metrics.jsonl."""
+        state = load_checkpoint(self.checkpoint, self.accelerator, model, optimizer, scheduler)
+        self.step = self.first_step = self.saved_step = state["step"]
+        self.torn = state["torn"] if data_parallel(self.accelerator)[0] == 0 else 0
         if self.accelerator.is_main_process:
-            self._drop_lines_after(step)
-        self.bar.update(step)
-        self.say(f"resumed at step {step} of {self.total_steps}")
+            self._drop_lines_after(self.step)
+        self.bar.update(self.step)
+        self.say(f"resumed at step {self.step} of {self.total_steps}")
         self._start_window()
+
+    def save(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: dict | None = None) -> None:
+        """Write a checkpoint of this step; loader is a loader's state, the same on every process.
+
+        What goes wrong with one within the run is said, and the next one is tried. Raises UserError at the run's end.
+        """
+        begin = time.perf_counter()
+        torn = all_reduce_sum(self.accelerator, [self.torn])[0]
+        self._keep_metrics()
+        try:
+            state = {"step": self.step, "torn": int(torn), "loader": loader}
+            self.checkpoints.save(model, optimizer, scheduler, state, self._origin())
+            if self.stopping:
+                self.checkpoints.wait()
+            self.saved_step = self.step
+        except SaveError as error:
+            self._say_unsaved(error)
+        self.save_seconds = max(self.save_seconds, time.perf_counter() - begin)
+        self.window_start += time.perf_counter() - begin  # no time of training
+
+    def _say_unsaved(self, error: SaveError) -> None:
+        newest = f"the newest one is {self.newest_checkpoint}" if self.newest_checkpoint else "there is none yet"
+        if self.stopping:
+            raise UserError(f"no checkpoint of step {self.step}: {error}; {newest}. Start again.") from error
+        self.say(f"warning: no checkpoint: {error}; {newest}; training goes on, the next is tried as planned")
+
+    def _origin(self) -> dict:
+        """What a checkpoint's manifest says of where it came from."""
+        return {
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recipe": self.recipe,
+            "strategy": strategy(),
+            "world_size": self.accelerator.num_processes,
+            "versions": self._versions(),
+            "accuracy": self.evaluation.get("accuracy") if self.evaluation.get("step") == self.step else None,
+        }
+
+    def _keep_metrics(self) -> None:
+        """On the disk before a checkpoint that lies past them."""
+        path = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            to_disk(path)
 
     def _drop_lines_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
@@ -166,24 +264,80 @@ class Run:
     # Training
 
     def observe(self, batch: Batch, loss: Tensor) -> None:
-        """Count one micro-batch; loss is its mean, a scalar on the device."""
+        """Count one micro-batch; loss is its mean, a scalar on the device. Call it before the backward pass: under
+        ZeRO that one updates the weights, so the loss must be looked at here."""
         self.losses.append(loss.detach())
+        self.samples.append(batch.indices)
+        if strategy().startswith("zero") and not _all_finite(self.accelerator, loss):
+            self._stop_nonfinite(float("nan"))
         self.digest += batch.digest
         self.wait_seconds += batch.wait_seconds
         self.torn += len(batch.torn)
 
-    def end_step(self, learning_rate: float, grad_norm: Tensor | None) -> None:
+    def end_step(self, learning_rate: float, grad_norm: Tensor) -> None:
         """A global batch is done: every logging_steps a line goes to metrics.jsonl, the trackers and the bar.
 
-        grad_norm is the norm before clipping; it may be None unless the step is one that `will_log`.
+        grad_norm is the norm before clipping.
         """
         logged = self.will_log
-        self.step += 1
+        self.step, self.step_end = self.step + 1, time.perf_counter()
         self.bar.update()
         if logged:
             self._log_step(learning_rate, grad_norm)
-        self.losses, self.digest = [], 0
+        self.losses, self.samples, self.digest = [], [], 0
         self.torn *= self.step % self.epoch_steps > 0
+        if error := self.checkpoints.failure():
+            self._say_unsaved(error)
+        self._look_for_interruption()
+
+    def is_finite(self, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may step: call it on every process before it does.
+
+        A gradient that is not finite has, after the reduction, a norm that is finite on no process, so all agree
+        without a message. Ends the run with UserError, or returns False under `--on_nonfinite skip`. Under fp16 True:
+        the gradient scaler skips such a step itself, and looks for a smaller scale; there only the loss tells.
+        """
+        values = torch.stack([*self.losses, _whole(grad_norm).reshape(())])
+        *losses, norm = values.isfinite().tolist()  # waits for the device, once a step
+        if not all(losses) and (norm or mixed_precision() == "fp16"):
+            self.interruption.note("nonfinite")  # this process alone knows it
+        self.skipped = not norm and mixed_precision() != "fp16"
+        if self.skipped and self.run_config.on_nonfinite == "stop":
+            self._stop_nonfinite(values[-1].item())
+        return not self.skipped
+
+    def _stop_nonfinite(self, norm: float) -> None:
+        """Name the step, its samples and the way back. Every process must call it."""
+        mine = {
+            "rank": self.accelerator.process_index,
+            "losses": [str(loss.item()) for loss in self.losses],
+            "samples": [index for part in self.samples for index in part.tolist()],
+        }
+        everyone = [mine]
+        if self.accelerator.num_processes > 1:
+            everyone = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(everyone, mine)
+        guilty = [one for one in everyone if {"nan", "inf", "-inf"} & {*one["losses"]}] or everyone
+        samples = sorted({index for one in guilty for index in one["samples"]})
+        record = self.folder / "nonfinite.json"
+        if self.accelerator.is_main_process:
+            _write_json(record, {"step": self.step + 1, "grad_norm": str(norm), "processes": everyone})
+        raise UserError(
+            f"step {self.step + 1} has the gradient norm {norm} and the losses {', '.join(guilty[0]['losses'])}, from "
+            f"samples {', '.join(map(str, samples[:16]))}{', ...' if len(samples) > 16 else ''} (all in {record}). "
+            f"The weights are those before it; the last good checkpoint is {self.newest_checkpoint or 'none'}. "
+            "Lower --learning_rate, look at these samples, or give --on_nonfinite skip."
+        )
+
+    def _look_for_interruption(self) -> None:
+        reason = self.interruption.agreed(self.step)
+        if reason == "nonfinite":
+            raise UserError(
+                f"a process has seen a loss that is not finite, up to step {self.step}, with finite gradients. "
+                "Look at the data and the loss function; the last checkpoints are whole."
+            )
+        if reason and self.step < self.last_step:
+            self.interrupted = reason
 
     def _log_step(self, learning_rate: float, grad_norm: Tensor) -> None:
         size = data_parallel(self.accelerator)[1]
@@ -199,13 +353,14 @@ class Run:
                 "step": self.step,
                 "epoch": (self.step - 1) // self.epoch_steps,
                 "samples": samples,
-                "loss": loss / size,
+                "loss": _number(loss / size),
                 "samples_digest": f"{((int(high) << 32) + int(low)) % 2**64:016x}",
                 "learning_rate": learning_rate,
-                "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
+                "grad_norm": _number(_whole(grad_norm).item()),
                 "samples_per_second": round(rate, 1),
                 "data_wait_fraction": round(wait / size / seconds, 4),
                 **({"torn": int(torn)} if torn else {}),
+                **({"skipped": True} if self.skipped else {}),
             }
         )
         self._refuse_torn(int(torn), self.epoch_steps * self.config.global_batch_size)
@@ -226,6 +381,8 @@ class Run:
     def log_evaluation(self, result: dict[str, float]) -> None:
         """Record accuracy, eval_loss and eval_samples (and eval_torn) after this step; also say them in a line."""
         self._end_window()
+        reserve = self.save_seconds + time.perf_counter() - self.step_end
+        self.interruption.reserve = max(self.interruption.reserve, reserve)
         epoch = (self.step - 1) // self.epoch_steps
         self.evaluation = {"step": self.step, "epoch": epoch, **result}
         torn = result.get("eval_torn", 0)
@@ -248,7 +405,7 @@ class Run:
 
     def _start_window(self) -> None:
         """Rates and waiting are averaged over windows of training, evaluations left out."""
-        self.losses, self.digest, self.wait_seconds = [], 0, 0.0
+        self.losses, self.samples, self.digest, self.wait_seconds = [], [], 0, 0.0
         self.window_step, self.window_start = self.step, time.perf_counter()
 
     def _end_window(self) -> None:
@@ -291,18 +448,29 @@ class Run:
     # The end
 
     def finish(self) -> None:
-        """Write summary.json, unless a former start has; say the result and where everything is."""
+        """Write summary.json, unless a former start has; say the result and where everything is.
+
+        Raises UserError where the run was interrupted and has no checkpoint of it: it is not one to go on from.
+        """
         if not self.finished:
             self.bar.close()
+            self.interruption.close()
+            if self.interrupted and self.saved_step != self.step:
+                raise UserError(f"interrupted at step {self.step}, and this recipe keeps no checkpoints. Start again.")
             if self.accelerator.is_main_process:
                 reason = "epochs" if self.last_step == self.total_steps else "max_steps"
-                self._write_summary("finished", stop_reason=reason)
+                status = "interrupted" if self.interrupted else "finished"
+                self._write_summary(status, stop_reason=self.interrupted or reason)
         self._show_result()
 
     def _show_result(self) -> None:
         if not self.accelerator.is_main_process:
             return  # the file may not be written yet
         summary = _read_json(self.folder / "summary.json")
+        if self.interrupted:
+            self.say(f"interrupted ({self.interrupted}) at step {self.step} of {self.total_steps}; the checkpoint is")
+            self.say(f"  {self.newest_checkpoint}")
+            return self.say("The same command goes on from there.")
         self.say(
             f"{'already ' if self.finished else ''}finished: top-1 accuracy {summary.get('accuracy', 0):.2%}, "
             f"{summary.get('steps')} steps, {summary.get('seconds')} s, {summary.get('samples_per_second')} images/s"
@@ -336,8 +504,9 @@ class Run:
     def say(self, line: str) -> None:
         """Print one line from rank 0, above the bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(line)
-            sys.stdout.flush()
+            with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends a `| tee log` first
+                tqdm.write(line)
+                sys.stdout.flush()
 
 
 def _lock(folder: Path) -> FileLock:
@@ -353,19 +522,6 @@ def _lock(folder: Path) -> FileLock:
     except Timeout:
         raise UserError(f"{use}. Stop it, or give another --output_dir.") from None
     return lock
-
-
-def _refuse_other_run(folder: Path, mine: dict) -> None:
-    there = _read_json(folder / "config.json").get("identity", mine)
-    changes = [
-        f"{name} was {there.get(name)}, is {mine.get(name)}"
-        for name in {**there, **mine}
-        if there.get(name) != mine.get(name)
-    ]
-    if changes:
-        raise UserError(
-            f"{folder} holds another run: {', '.join(changes)}. Give another --output_dir, or these values."
-        )
 
 
 def _trackers(report_to: str) -> list[str]:
@@ -392,6 +548,24 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _whole(norm: Tensor | float) -> Tensor:
+    """The gradient's norm as one plain scalar; DeepSpeed gives a number."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+
+
+def _number(value: float) -> float | None:
+    """JSON has neither nan nor inf."""
+    return value if math.isfinite(value) else None
+
+
+def _all_finite(accelerator: Accelerator, loss: Tensor) -> bool:
+    """On every process; the answer is the same on all of them."""
+    infinite = (~loss.detach().isfinite()).float()
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(infinite)
+    return infinite.item() == 0
 
 
 def _git_commit() -> str | None:

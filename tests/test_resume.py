@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Result, environment, launch_command, python, train
 
-from shared.checkpoint import checkpoint_to_resume, complete_checkpoints
+from shared.checkpoint import checkpoint_to_resume, checkpoints, damage
 from shared.config import UserError, identity_hash
 
 # Twelve steps an epoch of 240 small images. The rate is small: at 0.003 rounding turns a tie of ReLU or max pooling in
@@ -107,16 +108,16 @@ def test_workers_die_with_their_launcher_and_the_run_goes_on(runs, flags, uninte
     command = [*launch_command(num_processes=2), "recipes/resnet.py", "--output_dir", str(folder), *flags]
     command += ["--checkpointing_steps", "5"]
     launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and '"step": 17' in (folder / "metrics.jsonl").read_text())
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and '"step": 6' in (folder / "metrics.jsonl").read_text())
     worker = json.loads((folder / "summary.json").read_text())["pid"]
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     wait_for(lambda: not alive(worker))
-    assert json.loads((folder / "summary.json").read_text())["status"] == "running"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "loss": 0.1}\n{"step": 18, "lo')  # past the checkpoint, and torn
     second = train(folder, *flags, num_processes=2)
-    assert int(re.search(r"resumed at step (\d+) of 36", second.text)[1]) >= 15
+    assert int(re.search(r"resumed at step (\d+) of 36", second.text)[1]) >= 5
     assert [line["step"] for line in second.lines if "loss" in line] == list(range(1, 37))
     assert second.series("samples_digest") == uninterrupted.series("samples_digest")
     np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss"), rtol=1e-5)
@@ -131,21 +132,26 @@ def test_a_finished_run_says_so_and_changes_nothing(demo):
 
 
 def test_only_two_checkpoints_are_kept_and_none_is_half(uninterrupted):
-    names = [path.name for path in complete_checkpoints(uninterrupted.folder / "checkpoints")]
-    assert names == ["step-00000024", "step-00000036"]
-    assert sorted(os.listdir(uninterrupted.folder / "checkpoints")) == names
+    folder = uninterrupted.folder / "checkpoints"
+    accuracy = {line["step"]: line["accuracy"] for line in uninterrupted.lines if "accuracy" in line}
+    best = max(accuracy, key=lambda step: (accuracy[step], step))
+    assert [int(path.name[5:]) for path in checkpoints(folder)] == sorted({24, 36, best})
+    assert sorted(os.listdir(folder)) == [path.name for path in checkpoints(folder)]
+    assert [damage(path) for path in checkpoints(folder)] == [None] * len(checkpoints(folder))
 
 
-def test_what_resume_from_checkpoint_means(tmp_path):
+def test_what_resume_from_checkpoint_means(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted.folder / "checkpoints", tmp_path / "checkpoints")
     folder = tmp_path / "checkpoints"
-    for name in ("step-00000010", "step-00000009", "tmp-00000020"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "state.json").write_text("{}")
-    assert checkpoint_to_resume(folder, "auto").name == "step-00000010"
-    assert checkpoint_to_resume(folder, str(folder / "step-00000009")).name == "step-00000009"
-    assert checkpoint_to_resume(tmp_path / "none", "auto") is None
-    assert checkpoint_to_resume(tmp_path / "none", "never") is None
-    for wrong in ("never", "no/such", str(folder / "tmp-00000020"), str(folder)):
+    (folder / "tmp-00000099").mkdir()
+    (folder / "step-00000099").mkdir()
+    newest, passed = checkpoint_to_resume(folder, "auto")
+    assert newest.name == "step-00000036"
+    assert passed == [f"{folder / 'step-00000099'} is damaged: manifest.json is missing"]
+    assert checkpoint_to_resume(folder, str(folder / "step-00000024"))[0].name == "step-00000024"
+    assert checkpoint_to_resume(tmp_path / "none", "auto") == (None, [])
+    assert checkpoint_to_resume(tmp_path / "none", "never") == (None, [])
+    for wrong in ("never", "no/such", str(folder / "tmp-00000099"), str(folder / "step-00000099"), str(folder)):
         with pytest.raises(UserError):
             checkpoint_to_resume(folder, wrong)
 

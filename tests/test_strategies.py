@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from conftest import ROOT, Result, python, train
 from forked import Server
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import ViTConfig, ViTForImageClassification
 
+from shared.checkpoint import checkpoints, read_weights
 from shared.data.loaders import MEAN, STD
 from shared.vit import pixel_statistics
 
@@ -89,11 +88,7 @@ def launched(
 
 def weights(result: Result) -> dict[str, torch.Tensor]:
     """Name -> whole tensor of the newest checkpoint, whoever wrote its parts."""
-    path = sorted((result.folder / "checkpoints").iterdir())[-1]
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size) for name, entry in entries.items() if name.startswith("model.")}
-    dcp.load(state, checkpoint_id=path, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return read_weights(checkpoints(result.folder / "checkpoints")[-1])
 
 
 @pytest.fixture(scope="module")

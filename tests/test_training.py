@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SHORT, environment, launch_command, train
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
+from shared.checkpoint import read_weights
 from shared.optim import build_scheduler, parameter_groups
 
 
@@ -63,9 +63,7 @@ def test_the_configuration_records_what_made_the_run(demo):
 def test_evaluation_equals_a_plain_loop_to_the_last_sample(demo):
     """Pixels, weights and loop made anew here, from scikit-learn, torchvision and torch."""
     model = resnet18(num_classes=10)
-    weights = {"model": model.state_dict()}
-    dcp.load(weights, checkpoint_id=demo.folder / "checkpoints/step-00000220", no_dist=True)
-    model.load_state_dict(weights["model"])
+    model.load_state_dict(read_weights(demo.folder / "checkpoints/step-00000220"))
     digits = load_digits()
     images = torch.tensor(np.rint(digits.images * 255 / 16)[::5]).float()[:, None]
     large = torch.nn.functional.interpolate(images, size=32, mode="bilinear").round().expand(-1, 3, -1, -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError
+from ..interruption import ignore_signals
 from .decode import View, render
 from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
 from .sources import Source
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     valid: Tensor  # (B,) bool: False where a sample only pads an evaluation batch
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
     mirrored: Tensor  # (B,) bool: which images a Loader has yet to mirror, on the device
+    indices: Tensor  # (B,) int64: which sample of the data each is, on the host; -1 where there is none
     digest: int  # of sample indices and augmentation seeds, see order.digest
     torn: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
     wait_seconds: float = 0.0  # that the training loop stood still for this batch
@@ -108,7 +110,8 @@ class Views(Dataset):
             else:
                 images[row] = 0
         known = digest(indices.tolist(), seeds.tolist())
-        tensors = (torch.from_numpy(array) for array in (labels, indices >= 0, seeds.view(np.int64), mirrored))
+        arrays = labels, indices >= 0, seeds.view(np.int64), mirrored, indices
+        tensors = (torch.from_numpy(array) for array in arrays)
         return Batch(images, *tensors, digest=known, torn=tuple(torn))
 
     def _render(self, index: int, read: Callable[[], bytes | np.ndarray], seed: int, out: Tensor) -> bool:
@@ -132,6 +135,7 @@ def _reuse_memory(worker: int) -> None:
     """For a worker of a Loader, which has copied a batch before it asks for the next one: new shared memory for each
     would cost a page fault for every 4 KiB."""
     _slots.extend([None] * SLOTS)
+    ignore_signals()
 
 
 def worker_options(num_workers: int, device: torch.device) -> dict:

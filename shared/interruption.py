@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ends a run before its time: signals, a STOP file, a deadline. All processes leave at the same step."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+REASONS = ("", "signal", "stop_file", "deadline", "nonfinite")  # in summary.json; the last one is an error
+CHECK_SECONDS = 0.2  # between two agreements
+WATCH_SECONDS = 1.0  # between two looks at the STOP file, which lies on a parallel file system
+MARGIN = 60  # seconds before a job's end that its launcher and Slurm keep for themselves
+
+
+class Interruption:
+    """Each process notes what it alone can see; `agreed` gives all of them the same answer at the same step.
+
+    A handler only sets a flag, so that no signal, nor a second one, can harm a save. The processes exchange one small
+    message through gloo about every CHECK_SECONDS; it travels while they train, and is read a step later.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, time_limit: float):
+        """time_limit: seconds from now; 0 is the end of Slurm's job, where there is one."""
+        self.stop_file = folder / "STOP"
+        self.watches, self.watched = accelerator.is_main_process, 0.0  # the file and the clock; when it last did
+        self.seen, self.steps_between, self.next_check = 0, 1, 0
+        self.asked: tuple[float, int] | None = None  # when, and after which step
+        self.reserve = 0.0  # seconds that a save and an evaluation took, at most
+        self.deadline = _deadline(time_limit)
+        # A group of its own: no other message may come between.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.flags = torch.zeros(2, dtype=torch.float64)
+        self.message = None
+        if self.watches:
+            self.stop_file.unlink(missing_ok=True)  # it was meant for a former start
+        for number in SIGNALS:
+            signal.signal(number, self._note_signal)
+
+    def note(self, reason: str) -> None:
+        """To be agreed on; the first reason of the list that any process saw wins over none, the last over all."""
+        self.seen = max(self.seen, REASONS.index(reason))
+
+    def _note_signal(self, number: int, frame) -> None:
+        if self.watches and not self.seen:
+            os.write(
+                2, f"\n{signal.Signals(number).name}: a checkpoint comes after this step, then the end\n".encode()
+            )
+        self.note("signal")
+
+    def _watch(self) -> None:
+        if time.monotonic() - self.watched < WATCH_SECONDS:
+            return
+        self.watched = time.monotonic()
+        if self.stop_file.exists():
+            self.note("stop_file")
+        if self.deadline and time.time() + 1.5 * self.reserve + WATCH_SECONDS > self.deadline:
+            self.note("deadline")
+
+    def agreed(self, step: int) -> str:
+        """The reason to stop after this step, or an empty string; every process must call it after every step."""
+        if self.watches:
+            self._watch()
+        if self.group is None:
+            return REASONS[self.seen]
+        answer = self._answer()
+        if not answer and step >= self.next_check:
+            self._ask(step)
+            self.next_check = step + self.steps_between
+        return answer
+
+    def _ask(self, step: int) -> None:
+        now = time.monotonic()
+        seconds_per_step = (now - self.asked[0]) / (step - self.asked[1]) if self.asked else 0.0
+        self.asked = now, step
+        self.flags[:] = torch.tensor([self.seen, seconds_per_step])
+        maximum = torch.distributed.ReduceOp.MAX
+        self.message = torch.distributed.all_reduce(self.flags, maximum, group=self.group, async_op=True)
+
+    def _answer(self) -> str:
+        if self.message is None:
+            return ""
+        self.message.wait()
+        self.message = None
+        seen, seconds_per_step = self.flags.tolist()
+        if seconds_per_step:
+            self.steps_between = max(1, int(CHECK_SECONDS / seconds_per_step))
+        return REASONS[int(seen)]
+
+    def close(self) -> None:
+        """Read the last message, so that no process leaves before its peers have it."""
+        self._answer()
+        if self.watches:
+            self.stop_file.unlink(missing_ok=True)
+
+
+def _deadline(time_limit: float) -> float:
+    """In Unix time; 0 is none."""
+    if time_limit:
+        return time.time() + time_limit
+    end = float(os.environ.get("SLURM_JOB_END_TIME", 0))
+    return end - MARGIN if end else 0
+
+
+def ignore_signals() -> None:
+    """For a loader's worker: the signals reach a whole process group, and the training process answers them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
