@@ -5,7 +5,8 @@ import math
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
@@ -48,12 +49,9 @@ def one_cycle(step: int, total_steps: int, warmup_steps: int) -> float:
 def clip_grad_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
     """The norm of all gradients, which are then scaled so that it is at most max_norm; 0 leaves them as they are.
 
-    Without clipping one pass over the gradients, where torch's clip_grad_norm_ takes two and writes each.
+    For plain tensors without clipping it is one pass over them, where torch's clip_grad_norm_ takes two and writes.
     """
-    if strategy().startswith("zero"):
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm)  # DeepSpeed has done it: this reads the norm
+    if max_norm or strategy() != "ddp" or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     accelerator.unscale_gradients()
-    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    if max_norm:
-        clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
+    return get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])

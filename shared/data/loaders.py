@@ -4,7 +4,10 @@
 The loaders are already this process's own: they must not go through `accelerator.prepare`.
 """
 
+import atexit
 import math
+import multiprocessing
+import signal
 import sys
 import time
 from collections import deque
@@ -136,6 +139,15 @@ def _reuse_memory(worker: int) -> None:
     would cost a page fault for every 4 KiB."""
     _slots.extend([None] * SLOTS)
     ignore_signals()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing waits for them: it asks by SIGTERM, which they ignore."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
+        for worker in workers:
+            worker.kill()
 
 
 def worker_options(num_workers: int, device: torch.device) -> dict:
