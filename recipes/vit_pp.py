@@ -16,9 +16,9 @@ Base: vit.py. Changes: parallelize, step, last, average, clip_grad_norm, train_o
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 16 \
         recipes/vit_pp.py --model G --pipeline_parallel_size 4                        # on each of four nodes
 
-When: GPUs far apart, for only the activations at the cuts are sent. p stages idle (p - 1) / (m + p - 1) of a step of m
-chunks, and keep the activations of m (GPipe) or of p chunks (1F1B): the run ends with both, measured. ViT-B in 4
-stages: 336 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-23.json).
+When: GPUs far apart: only activations at the cuts are sent. p stages idle (p - 1) / (m + p - 1) of a step of m chunks,
+and keep the activations of m (GPipe) or p of them (1F1B): the run ends with both, measured. ViT-B in 4 stages: 336 MiB
+of 1,321 (benchmarks/results/memory_cpu2_2026-11-23.json).
 """
 
 from dataclasses import dataclass
@@ -76,9 +76,7 @@ class Config:
     pipeline_schedule: Literal["gpipe", "1f1b"] = HfArg(
         default="1f1b", help="order of the chunks' forward and backward"
     )
-    pipeline_chunks: int = HfArg(
-        default=8, help="parts of a process's batch that follow each other through the stages"
-    )
+    pipeline_chunks: int = HfArg(default=8, help="parts of a process's batch, one after another in the stages")
 
 
 def build_loaders(accelerator, run_config, config):
@@ -144,7 +142,7 @@ def step(accelerator, stage, schedule, batch, config):
     images = (batch.images,) if stage.is_first else ()
     target, losses = (batch.labels, []) if stage.is_last else (None, None)
     schedule.step(*images, target=target, losses=losses, return_outputs=False, sample_seeds=batch.seeds)
-    total = sum(part.detach() for part in losses) if losses else torch.zeros((), device=accelerator.device)
+    total = sum(losses).detach() if losses else torch.zeros((), device=accelerator.device)
     return last(accelerator, total) * config.gradient_accumulation_steps
 
 

@@ -9,7 +9,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a Vision Transformer by DeepSpeed's ZeRO: weights only in shards, offload, and one whole file at the end.
 
-Base: vit.py. Changes: build_model, fill, build_optimizer, export, main.
+Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, export, main.
 
     L="accelerate launch --config_file accelerate_configs"
     $L/local_zero1.yaml recipes/vit_zero.py                                           # or zero2, zero3

@@ -45,10 +45,10 @@ class Batch(NamedTuple):
     valid: Tensor  # (B,) bool: False where a sample only pads an evaluation batch
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
     mirrored: Tensor  # (B,) bool: which images a Loader has yet to mirror, on the device
-    indices: Tensor  # (B,) int64: which sample of the data each is, on the host; -1 where there is none
     digest: int  # of sample indices and augmentation seeds, see order.digest
     torn: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
     wait_seconds: float = 0.0  # that the training loop stood still for this batch
+    indices: Tensor = torch.empty(0, dtype=torch.int64)  # (B,): which samples these are, on the host; -1 is none
 
 
 class Candidate(NamedTuple):
@@ -113,9 +113,9 @@ class Views(Dataset):
             else:
                 images[row] = 0
         known = digest(indices.tolist(), seeds.tolist())
-        arrays = labels, indices >= 0, seeds.view(np.int64), mirrored, indices
+        arrays = labels, indices >= 0, seeds.view(np.int64), mirrored
         tensors = (torch.from_numpy(array) for array in arrays)
-        return Batch(images, *tensors, digest=known, torn=tuple(torn))
+        return Batch(images, *tensors, digest=known, torn=tuple(torn), indices=torch.from_numpy(indices))
 
     def _render(self, index: int, read: Callable[[], bytes | np.ndarray], seed: int, out: Tensor) -> bool:
         if self.source.labels[index] < 0:

@@ -133,7 +133,8 @@ class _Joined:
         for batch in zip(*[parts] * self.workers, strict=True):
             columns = list(zip(*batch, strict=True))
             tensors = (torch.cat([part.to(self.device, non_blocking=True) for part in parts]) for parts in columns[:5])
-            yield Batch(*tensors, digest=sum(columns[5]), torn=sum(columns[6], ()))
+            indices = torch.cat(columns[8])
+            yield Batch(*tensors, digest=sum(columns[5]), torn=sum(columns[6], ()), indices=indices)
 
 
 def read_streams(
