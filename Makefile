@@ -40,6 +40,7 @@ bench: setup  ## the benchmarks; each prints a table and writes benchmarks/resul
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/loaders.py
 	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 lint: setup
 	$(BIN)/ruff check .

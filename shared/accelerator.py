@@ -265,6 +265,8 @@ def _die_with_launcher() -> None:
     if launched and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
+            sys.exit(1)  # it died while this process imported its libraries, and init took this one over
         threading.Thread(target=_end_by_force, args=(os.getppid(),), daemon=True).start()
 
 

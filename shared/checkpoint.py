@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .accelerator import strategy
+from .accelerator import data_parallel, strategy
 from .config import UserError
 from .tensor_files import TensorReader, TensorWriter, to_disk, write_json
 
@@ -55,8 +56,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, accelerator: Accelerator, identity: dict, keep: int, background: bool):
         """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by accuracy stays besides."""
-        if background and strategy().startswith("zero"):
-            raise UserError("DeepSpeed writes its state itself. Leave --async_checkpoint out under ZeRO.")
         self.folder, self.accelerator, self.identity, self.keep = folder, accelerator, identity, keep
         self.background, self.buffers = background, {}
         self.thread: threading.Thread | None = None
@@ -76,17 +75,17 @@ class Checkpoints:
         if self.thread:
             self.thread.join()  # one at a time; `failure` has what went wrong with it
         final, temporary = (self.folder / f"{word}-{state['step']:08d}" for word in ("step", "tmp"))
-        if self._agreed(lambda: final.exists() and not damage(final, contents=False), on_main=True)[0]:
-            return  # a run that was started from an older checkpoint comes by here again: the step decides the content
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         state = {**state, "scheduler": scheduler.state_dict(), "scaler": scaler}
         manifest = {"step": state["step"], "identity": self.identity, **manifest}
-        self._agreed(lambda: _make(temporary), on_main=True)
+        if not self._agreed(lambda: _make(temporary, final), on_main=True)[0]:
+            return  # a run that was started from an older checkpoint comes by here again: the step decides the content
         tensors = {}
         if strategy().startswith("zero"):
             self._agreed(lambda: tensors.update(_zero_tensors(temporary, self.accelerator, model)))
         else:
-            tensors = _tensors(*_state(self.accelerator, model, optimizer))
+            whole = model.module if isinstance(model, DistributedDataParallel) else model
+            tensors = _share(_tensors(whole, _unwrapped(optimizer)), whole, *data_parallel(self.accelerator))
         if self.background:
             arguments = temporary, final, tensors, self._staged(tensors), state, manifest
             self.thread = threading.Thread(target=self._write_behind, args=arguments, daemon=True)
@@ -167,9 +166,13 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
 
-def _make(temporary: Path) -> None:
+def _make(temporary: Path, final: Path) -> bool:
+    """Whether there is anything to do: not where the checkpoint is there and whole."""
+    if final.exists() and not damage(final, contents=False):
+        return False
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    return True
 
 
 def _finish(temporary: Path, state: dict) -> list[str]:
@@ -211,24 +214,41 @@ def local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _state(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[dict, dict]:
-    """Weights and buffers, and the optimizer's state, by plain names, each as this process holds it."""
-    if isinstance(model, DistributedDataParallel):
-        # DDP's next forward would do so: batch norm's statistics are rank 0's, but the planner takes anyone's.
-        for buffer in model.module.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    return get_state_dict(model, _unwrapped(optimizer), options=FLAT)
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights and buffers, and the optimizer's tensors, by plain names, each as this process holds it.
 
-
-def _tensors(weights: dict, moments: dict) -> dict[str, Tensor]:
-    """Those of both, under one name each. What else an optimizer keeps comes from the configuration."""
-    named = {"model": weights, "optimizer": moments}
-    return {
-        f"{part}.{name}": value
-        for part, values in named.items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
+    What else an optimizer keeps comes from the configuration. torch's get_state_dict gives the same, and takes longer
+    than to copy the values.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {
+        f"state.{names[parameter]}.{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
     }
+    return _named(model.state_dict(), moments)
+
+
+def _named(weights: dict, moments: dict) -> dict[str, Tensor]:
+    both = [(f"model.{name}", value) for name, value in weights.items()]
+    both += [(f"optimizer.{name}", value) for name, value in moments.items()]
+    return {name.replace("_orig_mod.", ""): value for name, value in both if isinstance(value, Tensor)}
+
+
+def _share(tensors: dict[str, Tensor], model: nn.Module, rank: int, size: int) -> dict[str, Tensor]:
+    """What this one of the data-parallel processes writes: its shards, and a part of what each of them holds whole.
+
+    Buffers are rank 0's: batch norm's statistics differ until DDP's next forward sends that one's to all.
+    """
+    buffers = set(_named(dict(model.named_buffers()), {}))
+    loads, mine = [0] * size, {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        writer = rank if isinstance(tensor, DTensor) else 0 if name in buffers else loads.index(min(loads))
+        if not isinstance(tensor, DTensor):
+            loads[writer] += tensor.nbytes
+        if writer == rank:
+            mine[name] = tensor
+    return mine
 
 
 def _zero_tensors(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
@@ -260,13 +280,28 @@ def load_checkpoint(
 ) -> dict:
     """Put everything back and return state.json's content; every process must call it.
 
-    Raises UserError where the checkpoint lacks something that the training has, or has what the training lacks.
+    Raises UserError where the checkpoint lacks something that the training has, or has what the training lacks, and
+    where its files are no tensors or no JSON.
     """
+    try:
+        return _load(path, accelerator, model, optimizer, scheduler)
+    except dcp.api.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error
+    raise UserError(f"{path} cannot be read: {reason}. Give --resume_from_checkpoint another one.")
+
+
+def _load(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict:
     if strategy().startswith("zero"):
         _load_zero(path, model)
     else:
-        weights, moments = _state(accelerator, model, optimizer)
-        tensors, reader = _tensors(weights, moments), TensorReader(path)
+        weights, moments = get_state_dict(model, _unwrapped(optimizer), options=FLAT)
+        tensors, reader = _named(weights, moments), TensorReader(path)
         _check_names(path, set(reader.read_metadata().state_dict_metadata), set(tensors), accelerator)
         # Into the tensors themselves; set_state_dict then tells those of them that the optimizer has made anew.
         dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)

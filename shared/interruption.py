@@ -76,7 +76,7 @@ class Interruption:
         now = time.monotonic()
         seconds_per_step = (now - self.asked[0]) / (step - self.asked[1]) if self.asked else 0.0
         self.asked = now, step
-        self.flags[:] = torch.tensor([self.seen, seconds_per_step])
+        self.flags[0], self.flags[1] = self.seen, seconds_per_step
         maximum = torch.distributed.ReduceOp.MAX
         self.message = torch.distributed.all_reduce(self.flags, maximum, group=self.group, async_op=True)
 

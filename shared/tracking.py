@@ -68,12 +68,14 @@ class Run:
         self.last_step = min(self.total_steps, run_config.max_steps or self.total_steps)
         self.checkpoint_steps = _checkpoint_steps(run_config.checkpointing_steps, epoch_steps)
         trackers = _trackers(run_config.report_to)
+        _refuse_under_zero(run_config)
         self.checkpoint, self.former = on_main_process(accelerator, self._claim)
         self.finished = self.former.get("status") == "finished" and self.former["steps"] >= self.last_step
         self.step, self.first_step, self.saved_step, self.evaluation = 0, 0, 0, {}
         self.torn, self.train_seconds, self.launched = 0, 0.0, time.perf_counter()
         self.interrupted = ""  # or the reason, the same one on every process
-        self.save_seconds, self.step_end, self.skipped = 0.0, time.perf_counter(), False
+        self.save_seconds, self.evaluation_seconds, self.step_end = 0.0, 0.0, time.perf_counter()
+        self.skipped = False  # the last step, for its gradient was not finite
         self.profiler = SimpleNamespace(step=lambda: None)
         self._start_window()
         if not self.finished:
@@ -227,6 +229,7 @@ class Run:
         except SaveError as error:
             self._say_unsaved(error)
         self.save_seconds = max(self.save_seconds, time.perf_counter() - begin)
+        self.interruption.reserve = self.save_seconds + self.evaluation_seconds
         self.window_start += time.perf_counter() - begin  # no time of training
 
     def _say_unsaved(self, error: SaveError) -> None:
@@ -269,7 +272,7 @@ class Run:
         self.losses.append(loss.detach())
         self.samples.append(batch.indices)
         if strategy().startswith("zero") and not _all_finite(self.accelerator, loss):
-            self._stop_nonfinite(float("nan"))
+            self._stop_nonfinite(None)
         self.digest += batch.digest
         self.wait_seconds += batch.wait_seconds
         self.torn += len(batch.torn)
@@ -306,8 +309,8 @@ class Run:
             self._stop_nonfinite(values[-1].item())
         return not self.skipped
 
-    def _stop_nonfinite(self, norm: float) -> None:
-        """Name the step, its samples and the way back. Every process must call it."""
+    def _stop_nonfinite(self, norm: float | None) -> None:
+        """Name the step, its samples and the way back; every process must call it. norm: None before the backward."""
         mine = {
             "rank": self.accelerator.process_index,
             "losses": [str(loss.item()) for loss in self.losses],
@@ -322,11 +325,14 @@ class Run:
         record = self.folder / "nonfinite.json"
         if self.accelerator.is_main_process:
             _write_json(record, {"step": self.step + 1, "grad_norm": str(norm), "processes": everyone})
+        late = norm is not None and strategy().startswith("zero")
+        gradient = "" if norm is None else f" and the gradient norm {norm}"
         raise UserError(
-            f"step {self.step + 1} has the gradient norm {norm} and the losses {', '.join(guilty[0]['losses'])}, from "
-            f"samples {', '.join(map(str, samples[:16]))}{', ...' if len(samples) > 16 else ''} (all in {record}). "
-            f"The weights are those before it; the last good checkpoint is {self.newest_checkpoint or 'none'}. "
-            "Lower --learning_rate, look at these samples, or give --on_nonfinite skip."
+            f"step {self.step + 1} has the losses {', '.join(guilty[0]['losses'])}{gradient}, "
+            f"from samples {', '.join(map(str, samples[:16]))}{', ...' if len(samples) > 16 else ''} "
+            f"(all in {record}). The weights are {'spoilt' if late else 'those before it'}; the last good checkpoint is "
+            f"{self.newest_checkpoint or 'none'}. Lower --learning_rate, look at these samples, or give "
+            "--on_nonfinite skip."
         )
 
     def _look_for_interruption(self) -> None:
@@ -381,8 +387,7 @@ class Run:
     def log_evaluation(self, result: dict[str, float]) -> None:
         """Record accuracy, eval_loss and eval_samples (and eval_torn) after this step; also say them in a line."""
         self._end_window()
-        reserve = self.save_seconds + time.perf_counter() - self.step_end
-        self.interruption.reserve = max(self.interruption.reserve, reserve)
+        self.evaluation_seconds = max(self.evaluation_seconds, time.perf_counter() - self.step_end)
         epoch = (self.step - 1) // self.epoch_steps
         self.evaluation = {"step": self.step, "epoch": epoch, **result}
         torn = result.get("eval_torn", 0)
@@ -532,6 +537,15 @@ def _trackers(report_to: str) -> list[str]:
         if name not in map(str, get_available_trackers()):
             raise UserError(f"--report_to {name} is not installed. Install it (pip install {name}), or leave it out.")
     return names
+
+
+def _refuse_under_zero(run_config: RunConfig) -> None:
+    if not strategy().startswith("zero"):
+        return
+    if run_config.async_checkpoint:
+        raise UserError("DeepSpeed writes its state itself. Leave --async_checkpoint out under ZeRO.")
+    if run_config.on_nonfinite == "skip":
+        raise UserError("DeepSpeed's backward pass updates the weights too. Leave --on_nonfinite skip out under ZeRO.")
 
 
 def _checkpoint_steps(value: str, epoch_steps: int) -> int:

@@ -297,6 +297,7 @@ def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
         ("largest", "--sizes demo,Ti --cases whole --batch_size 4 --image_size 32"),
         ("loaders", "--images 80 --image_size 64 --rounds 1 --seconds 0.1 --num_workers 1"),
         ("index", "--samples 300 --shards 3 --repeats 1"),
+        ("checkpoint", "--model resnet18 --rounds 1 --starts 0"),
         ("throughput", "--rungs fp32,channels_last --image_sizes 64 --batch_sizes 2 --steps 2 --warmup_steps 1"),
     ],
 )
