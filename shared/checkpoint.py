@@ -220,13 +220,15 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     What else an optimizer keeps comes from the configuration. torch's get_state_dict gives the same, and takes longer
     than to copy the values.
     """
+    # First: it makes shards again of what an evaluation leaves whole under FSDP; the optimizer's are the shards.
+    weights = model.state_dict()
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
         f"state.{names[parameter]}.{key}": value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    return _named(model.state_dict(), moments)
+    return _named(weights, moments)
 
 
 def _named(weights: dict, moments: dict) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def _one_line(kind, error, traceback) -> None:
         print(f"error: {error}", file=sys.__stderr__, flush=True)
     else:
         # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
         time.sleep(20)
     # Threads of a half-made process group could abort a normal exit and print over the line.
     sys.stdout.flush()

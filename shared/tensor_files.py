@@ -61,6 +61,7 @@ class TensorWriter(StorageWriter):
             results.append(WriteResult(item.index, tensor.nbytes, self.name))
         if pieces:
             save_file(pieces, self.folder / self.name)
+            os.chmod(self.folder / self.name, self.folder.stat().st_mode & 0o666)  # else nobody but the owner reads it
             to_disk(self.folder / self.name)
         return _done(results)
 

@@ -330,8 +330,8 @@ class Run:
         raise UserError(
             f"step {self.step + 1} has the losses {', '.join(guilty[0]['losses'])}{gradient}, "
             f"from samples {', '.join(map(str, samples[:16]))}{', ...' if len(samples) > 16 else ''} "
-            f"(all in {record}). The weights are {'spoilt' if late else 'those before it'}; the last good checkpoint is "
-            f"{self.newest_checkpoint or 'none'}. Lower --learning_rate, look at these samples, or give "
+            f"(all in {record}). The weights are {'spoilt' if late else 'those before it'}; the last good checkpoint "
+            f"is {self.newest_checkpoint or 'none'}. Lower --learning_rate, look at these samples, or give "
             "--on_nonfinite skip."
         )
 

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's folder has to resume from, and whether it is what was written.
+
+    python tools/checkpoints.py list runs/resnet-ad9742eb        # names and sizes: at once
+    python tools/checkpoints.py verify runs/resnet-ad9742eb      # reads every byte; exits 1 where one is damaged
+
+A `step-` folder that was damaged since it was written is `torn`: a resume passes over it. A `tmp-` folder is
+`unfinished`: of a save that is at work, or was cut off; the next start or save of that step removes it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from shared.checkpoint import checkpoints, damage, read_manifest
+from shared.config import UserError
+
+HEADER = ("step", "saved (UTC)", "strategy x processes", "accuracy", "MB", "state")
+SPLITS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the table; returns the exit status."""
+    verify = arguments.command == "verify"
+    folder = find(arguments.run_folder)
+    reasons = {path: damage(path, contents=verify) for path in checkpoints(folder)}
+    manifests = {path: manifest(path) for path in reasons}
+    best = most_accurate({path: manifests[path] for path, reason in reasons.items() if reason is None})
+    rows = [
+        row(path, manifests[path], path == best, f"torn: {reason}" if reason else "OK" if verify else "complete")
+        for path, reason in reasons.items()
+    ]
+    rows += [row(path, {}, False, "unfinished") for path in unfinished(folder)]
+    show(sorted(rows))
+    return int(verify and any(reasons.values()))
+
+
+def find(run_folder: Path) -> Path:
+    """Its folder of checkpoints, which is not empty; raises UserError."""
+    folder = run_folder / "checkpoints"
+    if not run_folder.is_dir():
+        raise UserError(f"{run_folder} is no folder. Give the run's folder, the first line that a recipe prints.")
+    if not folder.is_dir():
+        raise UserError(f"{run_folder} has no folder checkpoints. Give the folder of a run.")
+    if not checkpoints(folder) and not unfinished(folder):
+        raise UserError(f"{folder} is empty. The run's first checkpoint is yet to come: see --checkpointing_steps.")
+    return folder
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("tmp-*") if path.is_dir()]
+
+
+def manifest(path: Path) -> dict:
+    """What it says of its origin; nothing where it cannot be read."""
+    try:
+        values = read_manifest(path)
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def most_accurate(manifests: dict[Path, dict]) -> Path | None:
+    """The newest of equals, as for what a run keeps."""
+    measured = {path: values["accuracy"] for path, values in manifests.items() if values.get("accuracy") is not None}
+    return max(measured, key=lambda path: (measured[path], path), default=None)
+
+
+def row(path: Path, values: dict, best: bool, state: str) -> tuple[str, ...]:
+    accuracy = values.get("accuracy")
+    return (
+        str(int(path.name.partition("-")[2])).rjust(8) if path.name.partition("-")[2].isdigit() else path.name,
+        str(values.get("saved", "-")).removesuffix("+00:00").replace("T", " "),
+        topology(values) if values else "-",
+        "-" if accuracy is None else f"{accuracy:.2%}{' best' if best else ''}",
+        f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:.1f}",
+        state,
+    )
+
+
+def topology(values: dict) -> str:
+    """`fsdp x 2`; a network that the recipe splits itself: `tp x 2, fsdp x 2`."""
+    rest, parts = values.get("world_size", 1), []
+    for word, name in SPLITS.items():
+        size = values.get("identity", {}).get(name, 1)
+        parts += [f"{word} x {size}"] * (size > 1)
+        rest //= size
+    return ", ".join(parts + [f"{values.get('strategy', '?')} x {rest}"] * (rest > 1 or not parts))
+
+
+def show(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+    for cells in (HEADER, *rows):
+        padded = [
+            cell.rjust(width) if name in ("step", "MB") else cell.ljust(width)
+            for name, cell, width in zip(HEADER, cells, widths, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify")
+    for name, text in (("list", "compare names and sizes"), ("verify", "compare every SHA-256 too")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse()))
+    except UserError as error:
+        sys.exit(f"error: {error}")
