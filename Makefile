@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
 STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo smoke test bench lint lock help
+.PHONY: setup demo smoke test soak bench lint lock help
 
 help:  ## these lines
 	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' Makefile
@@ -31,6 +31,9 @@ smoke: setup  ## two real steps of every recipe on this machine's GPU, else its 
 
 test: setup lint  ## the whole suite
 	$(BIN)/python -m pytest
+
+soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/
+	$(BIN)/python tests/soak.py $(KILLS)
 
 bench: setup  ## the benchmarks; each prints a table and writes benchmarks/results/
 	$(BIN)/python benchmarks/accuracy.py

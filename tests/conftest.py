@@ -121,7 +121,11 @@ def topologies(runs) -> dict[tuple[int, int], Result]:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """Real digits as PNG and JPEG files: train/ with 24 images a class, val/ with 6, of several sizes."""
-    root = tmp_path_factory.mktemp("images")
+    return digits_folder(tmp_path_factory.mktemp("images"))
+
+
+def digits_folder(root: Path) -> Path:
+    """Into a folder that is there; see image_folder."""
     digits = load_digits()
     for label in range(10):
         for number, index in enumerate(np.flatnonzero(digits.target == label)[:30]):

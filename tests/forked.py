@@ -3,9 +3,11 @@
 
 `accelerate launch` reads the YAML and sets the environment as ever; only torchrun's agent, which would start each
 worker as a new Python, is replaced by forks of this one. Each launch is processes of its own, as always. It serves the
-tests that compare many strategies; all others, of commands, errors, kills and smoke, start the launcher itself.
+tests that compare many strategies or start one run many times; all others, of commands, errors and smoke, start the
+launcher itself.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -16,32 +18,79 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNNING = 1000  # no exit status
+PATIENCE = 15  # seconds that the other workers have after one failed; torchrun's are 30
 
 
 class Server:
-    """The client's side: `launch` runs the words after `accelerate launch` to their end."""
+    """The client's side: `launch` runs the words after `accelerate launch` to their end, `start` only starts them."""
 
     def __init__(self, environment: dict[str, str], folder: Path):
-        self.environment, self.output, self.process = environment, folder / "output.txt", None
+        self.environment, self.folder, self.process, self.started = environment, folder, None, 0
 
     def launch(self, words: list[str]) -> subprocess.CompletedProcess:
+        return self.start(words).wait()
+
+    def start(self, words: list[str]) -> "Launch":
         if not self.process:
             options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
             self.process = subprocess.Popen([sys.executable, __file__], env=self.environment, cwd=ROOT, **options)
+        self.started += 1
+        output = self.folder / f"output-{self.started}.txt"
+        output.touch()
+        return Launch(self, words, output, self.ask({"words": words, "output": str(output)}))
+
+    def ask(self, request: dict) -> int:
         try:
-            self.process.stdin.write(json.dumps({"words": words, "output": str(self.output)}) + "\n")
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            status = int(self.process.stdout.readline())
+            return int(self.process.stdout.readline())
         except BaseException:  # a timeout of pytest: the launch hangs, and the next test wants a server that does not
             self.close()
             raise
-        return subprocess.CompletedProcess(words, status, self.output.read_text(), "")
 
     def close(self) -> None:
         if self.process:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+class Launch:
+    """A launch that goes on by itself: `pid` is its launcher's, whose children are the training processes."""
+
+    def __init__(self, server: Server, words: list[str], output: Path, pid: int):
+        self.server, self.words, self.output, self.pid, self.status = server, words, output, pid, None
+
+    @property
+    def workers(self) -> list[int]:
+        """By rank; those that still live."""
+        return children(self.pid)
+
+    @property
+    def ended(self) -> bool:
+        if self.status is None:
+            answer = self.server.ask({"pid": self.pid, "options": os.WNOHANG})
+            self.status = None if answer == RUNNING else answer
+        return self.status is not None
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """Until the launcher ends; workers may outlive one that was killed."""
+        if self.status is None:
+            self.status = self.server.ask({"pid": self.pid, "options": 0})
+        return subprocess.CompletedProcess(self.words, self.status, self.output.read_text(), "")
+
+    def kill(self, pids: list[int], number: int = signal.SIGKILL) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def children(pid: int) -> list[int]:
+    """In the order of their making."""
+    with contextlib.suppress(FileNotFoundError):
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    return []
 
 
 class Worker(BaseException):
@@ -54,10 +103,15 @@ class Worker(BaseException):
 def serve(answers: int) -> dict:
     """Fork for each request; returns in the forks, with the request."""
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            return json.loads(line)
-        os.write(answers, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+        request = json.loads(line)
+        if "words" in request:
+            answer = os.fork()
+            if answer == 0:
+                return request
+        else:
+            pid, status = os.waitpid(request["pid"], request["options"])
+            answer = os.waitstatus_to_exitcode(status) if pid else RUNNING
+        os.write(answers, f"{answer}\n".encode())
     sys.exit()
 
 
@@ -83,6 +137,8 @@ def fork_workers(arguments) -> None:
             failed = True
             for other in workers:
                 os.kill(other, signal.SIGTERM)
+            signal.signal(signal.SIGALRM, lambda *_: [os.kill(other, signal.SIGKILL) for other in workers])
+            signal.alarm(PATIENCE)
     sys.exit(int(failed))
 
 
