@@ -20,7 +20,7 @@ VICTIMS = ("one worker", "all workers", "launcher")
 AT = ("start", "step", "step", "tmp-*", "tmp-*/tensors-*", "tmp-*/manifest.json")  # half of them in a save
 STEPS = 5  # that a start may make, at most, before a kill that is not aimed at a save
 BEGINS = "global batch"  # what a run says when the folder is its own
-MOST_SECONDS = 120  # of one start
+MOST_SECONDS = 300  # of one start
 
 QUIET = ["--logging_steps", "1", "--report_to", "none", "--num_workers", "1"]
 # Twelve steps an epoch of 240 small images.
@@ -34,6 +34,14 @@ KILLED = {
     "2 processes, batch norm": (4, "resnet", [*RESNET, "--norm", "batch"], {"num_processes": 2}),
     "4 processes": (2, "resnet", [*RESNET, "--norm", "group"], {"num_processes": 4}),
     "fsdp": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 2, "config_file": "local_fsdp.yaml"}),
+}
+# Only `make soak` has time for these too.
+DIGITS = [*QUIET, "--data", "digits", "--learning_rate", "0.001", "--norm", "group", "--image_size", "16"]
+DIGITS += ["--global_batch_size", "64", "--max_steps", "30"]
+SOAKED = KILLED | {
+    "webdataset": (2, "resnet_webdataset", DIGITS, {"num_processes": 2}),
+    "torchdata": (2, "resnet_torchdata", DIGITS, {"num_processes": 2}),
+    "zero2": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 2, "config_file": "local_zero2.yaml"}),
 }
 
 
@@ -101,7 +109,7 @@ def steps(folder: Path) -> int:
     return 0
 
 
-def difference(folder: Path, reference: Path, names: tuple[str, ...] = ("tensors", "index")) -> str | None:
+def difference(folder: Path, reference: Path, names: tuple[str, ...] = ("tensors", "index", "zero")) -> str | None:
     """What of two runs differs, bit by bit: the curves, or the last checkpoint's weights and optimizer."""
     ours, theirs = (curve(path) for path in (folder, reference))
     if ours != theirs:

@@ -4,54 +4,59 @@
     python tests/soak.py 500 [SEED]
 
 Prints each kill, and in the end a table; writes benchmarks/results/soak_<hardware>_<date>.json. Exit status 1 where a
-run ended otherwise than the one that was not killed.
+run ended otherwise than the one that was not killed. Ctrl-C ends it early, with the runs that have ended.
 """
 
+import contextlib
+import itertools
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import forked
 from conftest import ROOT, digits_folder, environment
-from kills import KILLED, difference, kill_often, words
+from kills import SOAKED, difference, kill_often, words
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
 
+KILLS_A_RUN = 8  # where it does not end before
+
 
 def soak(kills: int, seed: int, root: Path) -> list[dict]:
-    """A row for each case; a run is killed as often as in the test, then another one begins."""
-    server, data = forked.Server(environment(), root), digits_folder(root / "images")
-    rows = {name: {"case": name, "runs": 0, "kills": 0, "equal": 0, "differences": []} for name in KILLED}
-    kinds, chance = {name: Counter() for name in KILLED}, random.Random(seed)
-    while sum(row["kills"] for row in rows.values()) < kills:
-        for name, (often, recipe, flags, launch) in KILLED.items():
-            row = rows[name]
-            often = min(often, kills - sum(row["kills"] for row in rows.values()))
-            if not often:
+    """A row for each case, whose runs take turns."""
+    server, data, chance = forked.Server(environment(), root), digits_folder(root / "images"), random.Random(seed)
+    rows = [{"case": name, "runs": 0, "kills": 0, "equal": 0, "differences": [], "kinds": {}} for name in SOAKED]
+    with contextlib.suppress(KeyboardInterrupt):
+        for row in itertools.cycle(rows):
+            left = kills - sum(each["kills"] for each in rows)
+            if not left:
                 break
-            flags = ["--data", str(data), *flags, "--checkpointing_steps", "4"]
-            whole, folder = root / f"whole-{name}", root / f"{name}-{row['runs']}"
-            if not whole.exists():
-                ended = server.launch(words(whole, *flags, recipe=recipe, **launch))
-                assert ended.returncode == 0, ended.stdout
-            start = words(folder, *flags, recipe=recipe, **launch)
-            counts = kill_often(server, start, folder, often, chance, lambda line: print(line, flush=True))
-            other = difference(folder, whole)
-            row["runs"], row["kills"], row["equal"] = (
-                row["runs"] + 1,
-                row["kills"] + counts.total(),
-                row["equal"] + (not other),
-            )
-            row["differences"] += [other] if other else []
-            kinds[name] += counts
-            shutil.rmtree(folder)
+            killed_run(server, data, root, row, min(left, KILLS_A_RUN), chance)
     server.close()
-    return [row | {"kinds": dict(sorted(kinds[name].items()))} for name, row in rows.items()]
+    return rows
+
+
+def killed_run(server: forked.Server, data: Path, root: Path, row: dict, kills: int, chance: random.Random) -> None:
+    """Kill one run, let it end, compare it with the one that was not killed, and add both to the row."""
+    _, recipe, flags, launch = SOAKED[row["case"]]
+    flags = ["--data", str(data), *flags, "--checkpointing_steps", "4"]
+    whole, folder = root / f"whole {row['case']}", root / row["case"]
+    if not whole.exists():
+        ended = server.launch(words(whole, *flags, recipe=recipe, **launch))
+        assert ended.returncode == 0, ended.stdout
+    start = words(folder, *flags, recipe=recipe, **launch)
+    counts = kill_often(server, start, folder, kills, chance, partial(print, flush=True))
+    other = difference(folder, whole)
+    row["differences"] += [other] if other else []
+    row["kinds"] = dict(sorted((Counter(row["kinds"]) + counts).items()))
+    row["runs"], row["kills"], row["equal"] = row["runs"] + 1, sum(row["kinds"].values()), row["equal"] + (not other)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
@@ -59,6 +64,7 @@ if __name__ == "__main__":
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows = soak(kills, seed, Path(folder))
+    rows = [row for row in rows if row["runs"]]
     equal = all(row["runs"] == row["equal"] for row in rows)
     print(report.table([{name: row[name] for name in ("case", "runs", "kills", "equal")} for row in rows]))
     totals = {"kills": sum(row["kills"] for row in rows), "seed": seed, "all_equal": equal}
