@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two dataclasses, the run's and the recipe's, become one command line; what a user got wrong becomes one line."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -156,11 +158,26 @@ def identity_hash(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _one_line(kind, error, traceback) -> None:
+def job_folder() -> Path | None:
+    """Where slurm/launch.sh and the processes that it started tell each other what they know."""
+    return Path(os.environ["RECIPES_JOB_FOLDER"]) if "RECIPES_JOB_FOLDER" in os.environ else None
+
+
+def tell_job(name: str, text: str) -> None:
+    """Into a file of job_folder(), for slurm/launch.sh."""
+    if folder := job_folder():
+        with contextlib.suppress(OSError):  # the folder goes with the job
+            (folder / name).write_text(text)
+
+
+def _one_line(kind, error, trace) -> None:
+    rank = os.environ.get("RANK", 0)
     if not isinstance(error, UserError):
-        sys.__excepthook__(kind, error, traceback)
+        tell_job(f"error-{rank}.txt", "".join(traceback.format_exception(kind, error, trace)))
+        sys.__excepthook__(kind, error, trace)
         return
-    if int(os.environ.get("RANK", 0)) == 0:
+    tell_job(f"error-{rank}.txt", f"error: {error}\n")
+    if int(rank) == 0:
         # sys.stderr is a buffer here: init_process_group wraps this hook, to prefix what it prints with the rank.
         print(f"error: {error}", file=sys.__stderr__, flush=True)
     else:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from .config import job_folder
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 REASONS = ("", "signal", "stop_file", "deadline", "nonfinite")  # in summary.json; the last one is an error
 CHECK_SECONDS = 0.2  # between two agreements
@@ -26,6 +28,7 @@ class Interruption:
     def __init__(self, accelerator: Accelerator, folder: Path, time_limit: float):
         """time_limit: seconds from now; 0 is the end of Slurm's job, where there is one."""
         self.stop_file = folder / "STOP"
+        self.job_stop_file = (job_folder() or folder) / "STOP"  # slurm/launch.sh's, for a signal; new in each start
         self.watches, self.watched = accelerator.is_main_process, 0.0  # the file and the clock; when it last did
         self.seen, self.steps_between, self.next_check = 0, 1, 0
         self.asked: tuple[float, int] | None = None  # when, and after which step
@@ -55,6 +58,8 @@ class Interruption:
         if time.monotonic() - self.watched < WATCH_SECONDS:
             return
         self.watched = time.monotonic()
+        if self.job_stop_file.exists():
+            self.note("signal")
         if self.stop_file.exists():
             self.note("stop_file")
         if self.deadline and time.time() + 1.5 * self.reserve + WATCH_SECONDS > self.deadline:

@@ -37,7 +37,7 @@ from .checkpoint import (
     load_checkpoint,
     read_manifest,
 )
-from .config import RunConfig, UserError, identity, identity_hash
+from .config import RunConfig, UserError, identity, identity_hash, tell_job
 from .data import Batch
 from .interruption import Interruption
 from .tensor_files import to_disk
@@ -89,6 +89,7 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}. Give another --output_dir.") from error
         print(self.folder, flush=True)
+        tell_job("run_folder", str(self.folder.resolve()))
         folder = self.folder / "checkpoints"
         checkpoint, damaged = checkpoint_to_resume(folder, self.run_config.resume_from_checkpoint)
         for line in damaged:

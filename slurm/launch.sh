@@ -1,0 +1,247 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# The body of every job, sourced by MACHINE.slurm: STRATEGY RECIPE [flags], on the nodes that Slurm gave.
+#
+# A flag @FILE stands for the words of one line of FILE: line N in task N of --array=1-M, a sweep.
+# A time limit, scancel --signal=USR1 or USR2 end a start with a checkpoint, and the job is requeued; a run that ended,
+# failed or found a STOP file is not.
+#
+# Variables to export before sbatch:
+#   RECIPES_ROOT                 the folder of slurm/, where it is not the one that you submit from
+#   RECIPES_MODULES              modules to load; empty = none
+#   RECIPES_MAX_RESTARTS         requeues at most (100)
+#   RECIPES_PROCESSES_PER_NODE   instead of one a GPU
+#   RECIPES_LAUNCH_FLAGS         more flags for accelerate launch, such as --mixed_precision no
+#   MASTER_ADDR                  where the first node's name does not resolve
+set -euo pipefail
+
+main() {
+    trap 'trapped=1 cancelled=1' TERM
+    read_words "$@"
+    command -v python >/dev/null || fail "no python. Activate your environment before sbatch, or see RECIPES_MODULES."
+    name_job
+    preflight
+    prepare_environment
+    prepare_job_folder
+    watch_time
+    local status=0
+    launch || status=$?
+    conclude "$status"
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+read_words() {
+    (($# >= 2)) || fail "give STRATEGY RECIPE [flags] after $MACHINE.slurm."
+    strategy=$1 recipe=$2 flags=()
+    local word
+    for word in "${@:3}"; do
+        if [[ $word == @* ]]; then add_line "${word#@}"; else flags+=("$word"); fi
+    done
+    config=$ROOT/accelerate_configs/${MACHINE}_$strategy.yaml
+    [[ -f $config ]] || fail "no strategy $strategy for $MACHINE: no file $config."
+    [[ -f $recipe ]] || fail "no recipe $recipe in $PWD. Submit from its folder's parent, or give its whole path."
+}
+
+# The words of this task's line of a sweep's file, quoted as in a shell.
+add_line() {
+    local line words
+    [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "@$1 needs --array=1-N: one task a line."
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1") || fail "cannot read $1."
+    [[ -n $line ]] || fail "$1 has no line $SLURM_ARRAY_TASK_ID. Give --array=1-$(wc -l <"$1")."
+    split words "$line"
+    flags+=("${words[@]}")
+}
+
+# Into an array, at spaces outside quotes.
+split() {
+    xargs true <<<"$2" || fail "cannot split: $2"
+    mapfile -d '' -t "$1" < <(xargs -r printf '%s\0' <<<"$2")
+}
+
+# An array's last task shares its plain number with the whole array.
+name_job() {
+    job=$SLURM_JOB_ID
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    nodes=$SLURM_JOB_NUM_NODES
+    per_node=${RECIPES_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    [[ $per_node ]] || fail "Slurm gave no GPUs. Ask for them (--gres=gpu:4), or export RECIPES_PROCESSES_PER_NODE."
+}
+
+preflight() {
+    if [[ ${RECIPES_PREFLIGHT:-} == passed || ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then return; fi
+    python "$ROOT/tools/preflight.py" "$MACHINE" "$strategy" --nodes "$nodes" -- "$recipe" "${flags[@]}" || exit 1
+}
+
+prepare_environment() {
+    # Compute nodes have no internet.
+    export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
+    if [[ -d ${WORK:-} ]]; then
+        export HF_HOME=${HF_HOME:-$WORK/.cache/huggingface} TORCH_HOME=${TORCH_HOME:-$WORK/.cache/torch}
+    fi
+    if [[ -d ${SCRATCH:-} ]]; then
+        export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/.cache/triton}
+        export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/.cache/inductor}
+    fi
+    if [[ -d ${JOBSCRATCH:-} ]]; then export TMPDIR=$JOBSCRATCH; fi
+    # After what the user has: a recipe that was copied alone finds shared/.
+    export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$ROOT PYTHONUNBUFFERED=1
+    # From 22.05 on srun no longer takes it from sbatch.
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+}
+
+# What this shell and the processes of this start tell each other, on a file system that all nodes see: STOP, run_folder,
+# error-RANK.txt.
+prepare_job_folder() {
+    if [[ -d ${JOBSCRATCH:-} ]]; then
+        export RECIPES_JOB_FOLDER=$JOBSCRATCH/recipes-$job
+    else
+        export RECIPES_JOB_FOLDER=$SLURM_SUBMIT_DIR/.recipes-$job
+    fi
+    rm -rf "$RECIPES_JOB_FOLDER"
+    mkdir "$RECIPES_JOB_FOLDER"
+    touch "$RECIPES_JOB_FOLDER/started"
+    trap 'rm -rf "$RECIPES_JOB_FOLDER"' EXIT
+}
+
+# shared/interruption.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
+watch_time() {
+    local end
+    if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(squeue -h -j "$job" -o %e) && end=$(date -d "$end" +%s 2>/dev/null); then
+        export SLURM_JOB_END_TIME=$end
+    fi
+    trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
+    # --signal=B:USR1@600 comes at the start of a job of ten minutes; such a short one has the end time alone.
+    if ((${SLURM_JOB_END_TIME:-0} && SLURM_JOB_END_TIME - $(date +%s) < 1200)); then trap 'trapped=1' USR1; fi
+}
+
+launch() {
+    local hosts more words step
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    split more "${RECIPES_LAUNCH_FLAGS:-}"
+    words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))
+    words+=(--main_process_ip "${MASTER_ADDR:-${hosts[0]}}" --main_process_port "$(free_port)")
+    # The YAML's own values of these two are ignored; c10d would sort the nodes anew.
+    words+=(--rdzv_backend static --same_network)
+    # Each line of the log carries its node and local rank.
+    words+=(--tee 3 --log_dir "$RECIPES_JOB_FOLDER/log")
+    if [[ $strategy == hsdp ]]; then words+=(--parallelism_config_dp_replicate_size "$nodes"); fi
+    export -f on_node wait_for
+    # A process group of its own: Slurm then signals this shell alone. srun would kill what is to write a checkpoint.
+    set -m
+    srun --kill-on-bad-exit=1 --wait=60 --label bash -c 'on_node "$@"' on_node \
+        "${words[@]}" "${more[@]}" "$recipe" "${flags[@]}" </dev/null &
+    step=$!
+    set +m
+    wait_for "$step"
+}
+
+# From one of the job's own on, the first that nobody uses on this node, the first of the job.
+free_port() {
+    python -S - "$((10000 + SLURM_JOB_ID % 20000))" <<'PYTHON'
+import socket, sys
+
+for port in range(int(sys.argv[1]), 65536):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            continue
+    sys.exit(print(port))
+PYTHON
+}
+
+# On each node, once: the launcher of its processes. SLURM_NODEID must be read here, or every node is the first.
+on_node() {
+    local trapped launcher
+    trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
+    trap 'trapped=1; kill -TERM "$launcher"' TERM
+    # In a group of its own too: one SIGTERM is enough, a second one would end the launcher before its workers.
+    set -m
+    (
+        # The launcher would die of them; the training processes have handlers of their own.
+        trap '' USR1 USR2
+        exec python -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" --role "$SLURMD_NODENAME:" "$@"
+    ) &
+    launcher=$!
+    set +m
+    wait_for "$launcher"
+}
+
+# A signal's trap ends `wait` early.
+wait_for() {
+    local status
+    while true; do
+        trapped='' status=0
+        wait "$1" || status=$?
+        [[ $trapped ]] || return "$status"
+    done
+}
+
+# summary.json decides: a launcher reports signals in its own way.
+conclude() {
+    local status=$1 state reason
+    read -r state reason < <(run_state) || true
+    if [[ ${cancelled:-} ]]; then
+        echo "cancelled; the same command goes on from the last checkpoint"
+    elif [[ $state == finished || $status == 0 && $state != interrupted ]]; then
+        exit 0
+    elif [[ $state == interrupted && $reason == stop_file ]]; then
+        echo "stopped by a STOP file; the same command goes on"
+    elif [[ $state == interrupted ]]; then
+        requeue "$reason"
+    elif ((nodes > 1)) && ! nodes_answer; then
+        requeue "a node does not answer"
+    else
+        show_first_error "$status"
+    fi
+}
+
+# Status and stop_reason of what this start did; nothing where it came to nothing.
+run_state() {
+    local summary
+    summary=$(cat "$RECIPES_JOB_FOLDER/run_folder" 2>/dev/null)/summary.json
+    python -S -c 'import json, os, sys
+summary = json.load(open(sys.argv[1]))
+fresh = os.path.getmtime(sys.argv[1]) >= os.path.getmtime(sys.argv[2])
+status = summary["status"]
+print(status if fresh or (status == "finished" and sys.argv[3] == "0") else "stale", summary.get("stop_reason"))
+' "$summary" "$RECIPES_JOB_FOLDER/started" "$status" 2>/dev/null
+}
+
+requeue() {
+    local restarts=${SLURM_RESTART_COUNT:-0} most=${RECIPES_MAX_RESTARTS:-100}
+    if [[ " $(scontrol show job -o "$job") " != *" Requeue=1 "* ]]; then
+        echo "interrupted ($1); submitted with --no-requeue: the next job of the chain goes on"
+        exit 0
+    fi
+    ((restarts < most)) || fail "interrupted ($1) after $restarts restarts, RECIPES_MAX_RESTARTS. Submit it again: it goes on."
+    echo "interrupted ($1); requeued for restart $((restarts + 1))"
+    # It ends this shell, too.
+    scontrol requeue "$job" || fail "Slurm does not requeue this job. Submit it again: it goes on."
+    exit 0
+}
+
+# False where a node of the job is lost, before Slurm itself has noticed.
+nodes_answer() {
+    timeout 60 srun --overlap --quiet true </dev/null 2>/dev/null
+}
+
+show_first_error() {
+    local first first_rank
+    first=$(find "$RECIPES_JOB_FOLDER" -maxdepth 1 -name 'error-*.txt' -printf '%T@ %p\n' | sort -n | sed -n '1s/^[^ ]* //p')
+    if [[ $first ]]; then
+        first_rank=${first##*error-}
+        echo "The first process that failed is rank ${first_rank%.txt}:"
+        cat "$first"
+    else
+        echo "error: exit status $1, and no process has left a traceback: see the lines above, or the memory used." >&2
+    fi
+    exit $(($1 ? $1 : 1))
+}
+
+main "$@"

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Slurm on this machine: its daemons, four fake nodes, all in one private folder, on free ports."""
+
+import contextlib
+import ctypes
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+GPUS = 8
+NODES = [f"r1i0n{number}" for number in range(4)]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+MOST_SECONDS = 240  # that a test waits for one event
+
+# Each node has every feature, 96 cores and 8 GPUs, so that four of them serve the jobs of all machines.
+SLURM_CONF = """
+ClusterName=fake
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdSpoolDir={folder}/spool-%n
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+JobSubmitPlugins=lua
+ReturnToService=2
+SlurmdTimeout=30
+KillWait=30
+MinJobAge=3600
+SchedulerParameters=sched_interval=2,bf_interval=2
+SchedulerType=sched/backfill
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=100:00:00
+PartitionName=gpu_p2 Nodes=ALL MaxTime=100:00:00
+"""
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=96 SocketsPerBoard=2 "
+    "CoresPerSocket=48 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:8 Feature=v100,v100-32g,a100,h100"
+)
+
+# What IDRIS refuses: no project, or a project of other GPUs than those asked for.
+JOB_SUBMIT = """
+function slurm_job_submit(job, partitions, uid)
+    local gpu = (job.account or ""):match("@(%w+)$")
+    if not gpu then
+        slurm.log_user("no project: give --account=PROJECT@v100, @a100 or @h100")
+        return slurm.ERROR
+    end
+    local feature = (job.features or "v100"):match("^%w+")
+    if feature ~= gpu then
+        slurm.log_user("the project's hours are of " .. gpu .. ": give --constraint=" .. gpu)
+        return slurm.ERROR
+    end
+    return slurm.SUCCESS
+end
+
+function slurm_job_modify(job, record, partitions, uid)
+    return slurm.SUCCESS
+end
+"""
+
+
+def missing() -> list[str]:
+    """The programs that are not on this machine."""
+    return [name for name in PROGRAMS if not shutil.which(name, path=_path())]
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+class Cluster:
+    """Running daemons; `environment` reaches them."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]):
+        self.folder, self.daemons, self.nodes = folder, [], {}
+        self.environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+        self.environment |= {"SLURM_CONF": f"{folder}/slurm.conf"}
+
+    def start(self) -> None:
+        self._configure()
+        munge = [f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file")]
+        munge += [f"--key-file={self.folder}/munge.key", f"--seed-file={self.folder}/munge.seed"]
+        self._daemon("munged", "--foreground", "--force", *munge)
+        wait_for((self.folder / "munge.socket").exists, "munged")
+        self._daemon("slurmctld", "-D")
+        for name in NODES:
+            self.start_node(name)
+        wait_for(lambda: self.states() == {"idle"}, "the nodes")
+
+    def _configure(self) -> None:
+        ports = _free_ports(1 + len(NODES))
+        nodes = [NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=True)]
+        values = {"host": socket.gethostname(), "user": getpass.getuser(), "folder": self.folder, "ports": ports}
+        self._write("slurm.conf", SLURM_CONF.format(nodes="\n".join(nodes), **values))
+        # Slurm counts device files; which ones they are is nothing to it.
+        devices = [path for path in sorted(Path("/dev").iterdir()) if path.is_char_device()][:GPUS]
+        assert len(devices) == GPUS, "too few device files to call them GPUs"
+        self._write("gres.conf", "".join(f"NodeName=r1i0n[0-3] Name=gpu File={path}\n" for path in devices))
+        self._write("job_submit.lua", JOB_SUBMIT)
+        (self.folder / "munge.key").write_bytes(os.urandom(128))
+        (self.folder / "munge.key").chmod(0o600)
+        (self.folder / "state").mkdir()
+
+    def _write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def _daemon(self, *words: str) -> subprocess.Popen:
+        """Ends with this process, however that ends."""
+        with open(self.folder / "daemons.out", "ab") as output:
+            process = subprocess.Popen(
+                words, env=self.environment, stdout=output, stderr=output, start_new_session=True, preexec_fn=_follow
+            )
+        self.daemons.append(process)
+        return process
+
+    def start_node(self, name: str) -> None:
+        (self.folder / f"spool-{name}").mkdir(exist_ok=True)
+        self.nodes[name] = self._daemon("slurmd", "-D", "-N", name)
+
+    def stop(self) -> None:
+        """Everything, jobs included: whatever carries this cluster's configuration in its environment."""
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self.command("scancel", "--user", getpass.getuser(), timeout=20)
+        for _ in range(20):  # a process that is being made has no environment yet
+            found = self.processes()
+            for pid in found:
+                _kill(pid)
+            if not found:
+                break
+            time.sleep(0.2)
+        for daemon in self.daemons:
+            daemon.wait(20)
+
+    def processes(self, *marks: str) -> list[int]:
+        """Those whose environment has this cluster's configuration and all of the marks, such as SLURM_NODEID=1."""
+        wanted = {f"SLURM_CONF={self.folder}/slurm.conf", *marks}
+        return [pid for pid, words in _environments() if wanted <= words]
+
+    def kill_node(self, name: str) -> None:
+        """As a power cut: the daemon, its steps, and all that they started."""
+        _kill(self.nodes[name].pid)
+        for pid in self.processes(f"SLURMD_NODENAME={name}"):
+            _kill(pid)
+        for pid in _stepds(self.processes(), self.nodes[name].pid):
+            _kill(pid)
+
+    def command(self, *words: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:
+        options = {"env": self.environment, **options}
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout, **options)
+
+    def output(self, *words: str) -> str:
+        process = self.command(*words)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout.strip()
+
+    def states(self) -> set[str]:
+        return set(self.command("sinfo", "-h", "-o", "%T").stdout.split())
+
+
+def wait_for(condition: Callable, what: str, seconds: float = MOST_SECONDS):
+    """The condition's first true value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.2)
+    return value
+
+
+def _follow() -> None:
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _environments():
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield int(folder.name), set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
