@@ -298,6 +298,7 @@ def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
         ("loaders", "--images 80 --image_size 64 --rounds 1 --seconds 0.1 --num_workers 1"),
         ("index", "--samples 300 --shards 3 --repeats 1"),
         ("checkpoint", "--model resnet18 --rounds 1 --starts 0"),
+        ("allreduce", "--largest 1 --rounds 2"),
         ("throughput", "--rungs fp32,channels_last --image_sizes 64 --batch_sizes 2 --steps 2 --warmup_steps 1"),
     ],
 )
@@ -306,7 +307,8 @@ def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(tmp_path,
     for name in ("benchmarks", "recipes", "accelerate_configs", "shared"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     shutil.rmtree(tmp_path / "benchmarks/results")
-    process = python(tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path)
+    launcher = launch_command(num_processes=2) if script == "allreduce" else []
+    process = python(*launcher, tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     (path,) = (tmp_path / "benchmarks/results").glob(f"{script}_*_20??-??-??.json")
     result = json.loads(path.read_text())
