@@ -102,7 +102,11 @@ def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
 
 def micro_batch_size(accelerator: Accelerator, global_batch_size: int, gradient_accumulation_steps: int) -> int:
     """Images per forward of one process; raises UserError where the global batch does not divide."""
-    _, size = data_parallel(accelerator)
+    return split_batch(data_parallel(accelerator)[1], global_batch_size, gradient_accumulation_steps)
+
+
+def split_batch(size: int, global_batch_size: int, gradient_accumulation_steps: int) -> int:
+    """Images per forward of one of `size` data-parallel processes; raises UserError where that is no whole number."""
     parts = size * gradient_accumulation_steps
     if global_batch_size % parts:
         near = (global_batch_size // parts * parts, -(-global_batch_size // parts) * parts)

@@ -1,0 +1,678 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse what cannot work before it waits in a queue; print what a job would be, and where each value comes from.
+
+    python tools/preflight.py MACHINE STRATEGY [sbatch options] -- RECIPE [flags]
+    python tools/preflight.py h100 fsdp --nodes=4 --time=20:00:00 -A PROJECT@h100 -- recipes/vit.py --model L \\
+        --global_batch_size 4096
+    python tools/preflight.py a100 ddp --array=1-4 -A PROJECT@a100 -- recipes/resnet.py @sweep.txt
+
+On a login node, without GPU or network. A value comes from the command line, else the environment, the #SBATCH headers
+of slurm/MACHINE.slurm, accelerate_configs/MACHINE_STRATEGY.yaml, the recipe's flags, its defaults. `@FILE` stands for
+a line of FILE for each task of an array. --memory estimates the bytes per GPU too. Exits with 1 and a line
+`error: <what>. <remedy>` for each problem.
+
+PREFLIGHT_SKIP=accounts,limits,caches,versions,quotas leaves those checks out: they rest on what users of Jean Zay
+wrote down, and on this machine.
+"""
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
+
+
+class Machine(NamedTuple):
+    """GPUs of a node, the precisions that they have, GB of a GPU, hours of the longest job, what follows the @ of an
+    account, the sbatch option that selects the nodes, and how the names of its QoS begin."""
+
+    gpus: int
+    precisions: tuple[str, ...]
+    memory: int
+    hours: int
+    account: str
+    select: tuple[str, str]
+    qos: str
+
+
+# IDRIS's documentation of Jean Zay. v100 has nodes of 32 GB too: -C v100-32g.
+MACHINES = {
+    "v100": Machine(4, ("no", "fp16"), 16, 100, "v100", ("", ""), "qos_gpu-"),
+    "v100x8": Machine(8, ("no", "fp16"), 32, 100, "v100", ("partition", "gpu_p2"), "qos_gpu-"),
+    "a100": Machine(8, ("no", "fp16", "bf16"), 80, 20, "a100", ("constraint", "a100"), "qos_gpu_a100-"),
+    "h100": Machine(4, ("no", "fp16", "bf16", "fp8"), 80, 100, "h100", ("constraint", "h100"), "qos_gpu_h100-"),
+}
+# Hours and GPUs of a job. From users' repositories, where they stand for V100 and are taken for the others; a100 has
+# no t4.
+QOS = {"dev": (2, 32), "t3": (20, 512), "t4": (100, float("inf"))}
+DEFAULT_SECONDS = 600  # of a job without --time
+FULL = 0.95  # of a quota
+
+# sbatch option: its short form, and the variables that stand for it, those of a job last.
+OPTIONS = {
+    "nodes": ("-N", "SLURM_JOB_NUM_NODES"),
+    "time": ("-t", "SBATCH_TIMELIMIT"),
+    "account": ("-A", "SBATCH_ACCOUNT", "SLURM_ACCOUNT", "SLURM_JOB_ACCOUNT"),
+    "qos": ("-q", "SBATCH_QOS", "SLURM_JOB_QOS"),
+    "constraint": ("-C", "SBATCH_CONSTRAINT"),
+    "partition": ("-p", "SBATCH_PARTITION", "SLURM_JOB_PARTITION"),
+    "array": ("-a", "SBATCH_ARRAY_INX", "SLURM_ARRAY_TASK_ID"),
+    "gpus-per-node": ("--gpus-per-node", "SBATCH_GPUS_PER_NODE"),
+    "gres": ("--gres", "SBATCH_GRES"),
+}
+# Keys that a YAML must not hold, and why.
+MISPLACED = dict.fromkeys(
+    ("rdzv_backend", "same_network", "enable_cpu_affinity", "max_restarts"), "accelerate ignores it there"
+)
+MISPLACED |= dict.fromkeys(
+    ("num_machines", "num_processes", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids"),
+    "Slurm and slurm/launch.sh say it",
+)
+MISPLACED |= {
+    "gradient_accumulation_steps": "the recipe's --gradient_accumulation_steps says it",
+    "gradient_clipping": "the recipe's --max_grad_norm says it",
+}
+
+
+class Task(NamedTuple):
+    """One run of the recipe: where its flags stand ("" or "sweep.txt line 2"), the flags, and what they parse to."""
+
+    name: str
+    words: list[str]
+    run_config: object  # None where the recipe has none
+    config: object
+
+
+@dataclass
+class Plan:
+    """A job, as its command line, environment, headers and YAML say."""
+
+    machine: str
+    strategy: str
+    memory: bool
+    recipe: Path
+    words: list[str]
+    options: dict[str, tuple[str, str]]  # sbatch option: value, origin
+    topology: dict
+    nodes: int = 1
+    gpus: tuple[int, str] = (0, "")  # of a node; origin
+    precision: tuple[str, str] = ("", "")
+    seconds: float = DEFAULT_SECONDS
+    module: ModuleType | None = None
+    tasks: list[Task] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # printed below a sound job
+
+    @property
+    def facts(self) -> Machine:
+        return MACHINES[self.machine]
+
+    @property
+    def yaml(self) -> str:
+        return f"accelerate_configs/{self.machine}_{self.strategy}.yaml"
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus[0]
+
+    @property
+    def kind(self) -> str:
+        """The strategy as a worker sees it: tp and pp are ddp, with code of the recipe."""
+        kind = str(self.topology.get("distributed_type"))
+        if kind == "DEEPSPEED":
+            return f"zero{self.topology['deepspeed_config']['zero_stage']}"
+        return ("hsdp" if "parallelism_config" in self.topology else "fsdp") if kind == "FSDP" else "ddp"
+
+    @property
+    def takes(self) -> list[str]:
+        """Strategies of the recipe."""
+        names = {each.name for each in fields(self.module.Config)}
+        in_code = [name for name, size in zip(("tp", "pp"), SIZES, strict=True) if size in names]
+        return [*getattr(self.module, "STRATEGIES", ("ddp",)), *in_code]
+
+    def shared(self, name: str) -> ModuleType:
+        """A module of the `shared` that the recipe imports: a copied recipe may have its own."""
+        return importlib.import_module(f"{self.module.parse.__module__.rpartition('.')[0]}.{name}")
+
+    def option(self, name: str) -> str:
+        return self.options.get(name, ("", ""))[0]
+
+    def sizes(self, task: Task) -> tuple[int, int, int]:
+        """(tensor, pipeline, data) parallel sizes; the last is 0 where they do not divide the processes."""
+        tensor, pipeline = (getattr(task.config, name, 1) for name in SIZES)
+        return tensor, pipeline, 0 if self.world_size % (tensor * pipeline) else self.world_size // tensor // pipeline
+
+    def as_worker(self):
+        """While this lasts, the recipe's own checks see the variables that a worker of this job would."""
+        variables = {
+            "WORLD_SIZE": self.world_size,
+            "ACCELERATE_MIXED_PRECISION": self.precision[0],
+            "ACCELERATE_USE_FSDP": self.kind in ("fsdp", "hsdp"),
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": self.nodes if self.kind == "hsdp" else 1,
+            "ACCELERATE_USE_DEEPSPEED": self.kind.startswith("zero"),
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": self.kind[-1],
+        }
+        return mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()})
+
+
+def main(words: list[str]) -> int:
+    """Print the job, or every problem that it has; the exit status."""
+    plan, problems = read_command(words)
+    skipped = os.environ.get("PREFLIGHT_SKIP", "").split(",")
+    optional = [check for check in (accounts, limits, caches, versions, quotas) if check.__name__ not in skipped]
+    for check in [] if problems else [topology, read_recipe, read_tasks, tasks, *optional, memory]:
+        problems += check(plan)
+    for problem in dict.fromkeys(problems):
+        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+    if not problems:
+        print("\n".join([*report(plan, plan.tasks[0]), *dict.fromkeys(plan.notes)]))
+    return 1 if problems else 0
+
+
+def nearest(word: str, known) -> str:
+    return difflib.get_close_matches(word, list(known), 1, 0)[0]
+
+
+def in_job() -> bool:
+    return "SLURM_JOB_ID" in os.environ
+
+
+# The command
+
+
+def read_command(words: list[str]) -> tuple[Plan | None, list[str]]:
+    """The plan, and what is wrong with the words themselves."""
+    end = words.index("--") if "--" in words else len(words)
+    if {"-h", "--help"} & {*words[:end]}:
+        print(__doc__)
+        sys.exit(0)
+    if end < 2 or not words[end + 1 :]:
+        return None, ["machine, strategy and recipe are needed. Give MACHINE STRATEGY [options] -- RECIPE [flags]."]
+    machine, strategy, *front = words[:end]
+    if machine not in MACHINES:
+        known = ", ".join(MACHINES)
+        return None, [f"no machine {machine}. The nearest is {nearest(machine, MACHINES)}; there are {known}."]
+    found = sorted(path.stem.split("_", 1)[1] for path in ROOT.glob(f"accelerate_configs/{machine}_*.yaml"))
+    if strategy not in found:
+        close = f"The nearest is {nearest(strategy, found)}; there are {', '.join(found)}."
+        return None, [f"{machine} has no strategy {strategy}. {close}"]
+    settings = yaml.safe_load((ROOT / f"accelerate_configs/{machine}_{strategy}.yaml").read_text())
+    options, others = resolve(machine, front)
+    recipe, *flags = words[end + 1 :]
+    plan = Plan(machine, strategy, "--memory" in others, Path(recipe), flags, options, settings)
+    return plan, list(read_values(plan))
+
+
+def parse_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The options of sbatch that matter here, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, (short, *_) in OPTIONS.items():
+        parser.add_argument(*{short, f"--{name}"}, dest=name)
+    found, others = parser.parse_known_args(words)
+    return {name: value for name, value in vars(found).items() if value is not None}, others
+
+
+def resolve(machine: str, words: list[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Each option's value and origin: the command line, else the environment, else the script's headers."""
+    header = ROOT / f"slurm/{machine}.slurm"
+    lines = [line[8:] for line in header.read_text().splitlines() if line.startswith("#SBATCH ")]
+    headers, _ = parse_options([word for line in lines for word in shlex.split(line, comments=True)])
+    options = {name: (value, f"slurm/{header.name}") for name, value in headers.items()}
+    if in_job():
+        options.pop("time", None)  # sbatch may have been given another
+    for name, (_, *variables) in OPTIONS.items():
+        for variable in filter(os.environ.get, variables):
+            options[name] = os.environ[variable], f"${variable}"
+    given, others = parse_options(words)
+    return options | {name: (value, "command line") for name, value in given.items()}, others
+
+
+def read_values(plan: Plan) -> Iterator[str]:
+    """Nodes, GPUs of a node, precision and seconds."""
+    nodes, time = plan.option("nodes") or "1", plan.option("time")
+    if not re.fullmatch("[1-9][0-9]*", nodes):
+        yield f"--nodes {nodes} is not one number. Give how many nodes the job has."
+    else:
+        plan.nodes = int(nodes)
+    gres, origin = plan.options.get("gpus-per-node") or plan.options.get("gres") or ("gpu", "the machine")
+    count = gres.split(":")[-1].split("(")[0]
+    plan.gpus = int(count) if count.isdigit() else 1 if "gres" in plan.options else plan.facts.gpus, origin
+    if not 0 < plan.gpus[0] <= plan.facts.gpus:
+        yield f"--gres={gres} exceeds a node of {plan.machine}. Give --gres=gpu:N, with N from 1 to {plan.facts.gpus}."
+    # Of slurm/launch.sh.
+    if os.environ.get("RECIPES_PROCESSES_PER_NODE"):
+        plan.gpus = int(os.environ["RECIPES_PROCESSES_PER_NODE"]), "$RECIPES_PROCESSES_PER_NODE"
+    flag = re.search(r"--mixed_precision[ =](\S+)", os.environ.get("RECIPES_LAUNCH_FLAGS", ""))
+    plan.precision = (
+        (flag[1], "$RECIPES_LAUNCH_FLAGS") if flag else (str(plan.topology.get("mixed_precision", "no")), plan.yaml)
+    )
+    if time and (match := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)):
+        days, *parts = (int(part) for part in match.groups() if part is not None)
+        if match[1] is None:  # minutes, minutes:seconds, hours:minutes:seconds; else days-hours[:minutes[:seconds]]
+            days, parts = 0, [*([0] if match[4] is None else []), days, *parts]
+        plan.seconds = 86400 * days + sum(part * 60 ** (2 - place) for place, part in enumerate(parts))
+    elif time:
+        yield f"--time {time} is no time of Slurm. Give hours:minutes:seconds, as 20:00:00."
+    elif in_job():
+        plan.seconds = float("inf")
+    else:
+        plan.notes.append("warning: without --time the machine ends a job after 10 minutes. Give --time=HH:MM:SS.")
+
+
+# What the machine asks for
+
+
+def accounts(plan: Plan) -> Iterator[str]:
+    """Account, and the option that selects the nodes; a job that runs has been let in."""
+    account, (name, value) = plan.option("account"), plan.facts.select
+    if in_job():
+        return
+    if not account:
+        yield f"no account is given. Add -A PROJECT@{plan.facts.account}."
+    elif "@" in account and account.split("@")[1] != plan.facts.account:
+        yield f"the account {account} has no hours on {plan.machine}. Give the one that ends in @{plan.facts.account}."
+    if value not in re.split(r"[,&|]", plan.option(name)):
+        yield f"--{name} {plan.option(name)} does not select {plan.machine}. Give {OPTIONS[name][0]} {value}."
+
+
+def limits(plan: Plan) -> Iterator[str]:
+    """Time and GPUs of the partition and the QoS."""
+    facts, name, time, hours = plan.facts, plan.option("qos"), plan.option("time"), plan.seconds / 3600
+    names = {facts.qos + level: QOS[level] for level in QOS if (plan.machine, level) != ("a100", "t4")}
+    out_of_date = "or PREFLIGHT_SKIP=limits where this is out of date"
+    if in_job():
+        return
+    if hours > facts.hours:
+        yield f"--time {time} exceeds the {facts.hours} h of {plan.machine}. Give less: a job that is cut off goes on."
+    elif name in names and hours > names[name][0]:
+        other = next(each for each in names if names[each][0] >= hours)
+        yield f"--time {time} exceeds the {names[name][0]} h of {name}. Give --qos={other}, {out_of_date}."
+    elif not name and hours > QOS["t3"][0]:
+        plan.notes.append("warning: more than 20 h, and no --qos. The default one may not last so long.")
+    if name and name not in names:
+        yield f"no QoS {name} of {plan.machine} is known. The nearest is {nearest(name, names)}, {out_of_date}."
+    elif name and plan.world_size > names[name][1]:
+        yield f"{plan.world_size} GPUs exceed the {names[name][1]} of {name}. Give fewer --nodes, {out_of_date}."
+
+
+def caches(plan: Plan) -> Iterator[str]:
+    """In a home folder of 3 GB, where there is room elsewhere. slurm/launch.sh moves those that nobody placed."""
+    given, home = os.environ.get, Path.home()
+    cache = Path(given("XDG_CACHE_HOME") or home / ".cache")
+    places = {
+        "HF_HOME": given("HF_HOME") or given("WORK") or cache / "huggingface",
+        "TORCH_HOME": given("TORCH_HOME") or given("WORK") or cache / "torch",
+        "TRITON_CACHE_DIR": given("TRITON_CACHE_DIR") or given("SCRATCH") or given("TRITON_HOME") or home / ".triton",
+    }
+    inside = [name for name, place in places.items() if Path(place).resolve().is_relative_to(home.resolve())]
+    elsewhere = next((name for name in ("WORK", "SCRATCH") if given(name)), "")
+    if inside and elsewhere:
+        exports = " ".join(f"{name}=${elsewhere}/.cache/{name.split('_')[0].lower()}" for name in inside)
+        yield f"{', '.join(inside)} lie in $HOME, which holds 3 GB. Write into ~/.bashrc: export {exports}"
+
+
+def versions(plan: Plan) -> Iterator[str]:
+    """The lower bounds of pyproject.toml, and of the block at the recipe's head."""
+    block = plan.module and re.search(r"^# /// script\n((?:#.*\n)*?)# ///$", plan.recipe.read_text(), re.M)
+    needs = [tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))] if block else []
+    if (ROOT / "pyproject.toml").exists():  # not beside a copied tool
+        needs.append(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+    python = platform.python_version()
+    for bounds in {each.get("requires-python", "") for each in needs}:
+        if not SpecifierSet(bounds).contains(python):
+            yield f"Python {python} is not {bounds}. Load another module."
+    lines = {line for each in needs for line in each.get("dependencies", [])}
+    for need in map(Requirement, sorted(lines | ({"deepspeed"} if plan.kind.startswith("zero") else set()))):
+        if need.marker and not need.marker.evaluate():
+            continue
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{need.name} is not installed. Load a module that has it, or pip install '{need.name}'."
+            continue
+        if not need.specifier.contains(version, prereleases=True):
+            yield f"{need.name} {version} is not {need.specifier}. Load a newer module, or pip install '{need}'."
+
+
+def quotas(plan: Plan) -> Iterator[str]:
+    """Of the file systems that are written to, by the system itself and by Lustre."""
+    for folder in {output(plan, task).absolute() for task in plan.tasks if task.run_config}:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        state = os.statvfs(there)
+        blocks, files = state.f_blocks - state.f_bfree, state.f_files - state.f_ffree  # used, as df counts
+        figures = [("disk", blocks, blocks + state.f_bavail), ("inodes", files, files + state.f_favail)]
+        for what, used, most in [*figures, *(lustre(there) if shutil.which("lfs") else ())]:
+            if most and used > FULL * most:
+                yield f"{used / most:.0%} of the {what} of {there} is used. Remove files, or change --output_dir."
+
+
+def lustre(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """What, used and limit: quotas of the user, the group and the folder's project."""
+
+    def lfs(*words: str) -> list[str]:
+        return subprocess.run(["lfs", *words], capture_output=True, text=True, timeout=5).stdout.split()
+
+    project = (lfs("project", "-d", str(folder)) or "0")[0]
+    for kind, owner in (("-u", str(os.getuid())), ("-g", str(folder.stat().st_gid)), ("-p", project)):
+        # The path; kilobytes, soft and hard limit, grace; the same of files. `*` marks what exceeds.
+        words = [word.rstrip("*") for word in lfs("quota", "-q", kind, owner, str(folder))[1:]]
+        for what, values in (("disk", words[:3]), ("inodes", words[4:7])):
+            if len(values) == 3 and all(map(str.isdigit, values)):
+                used, soft, hard = map(int, values)
+                yield f"{what} quota ({kind[1:]} {owner})", used, hard or soft
+
+
+# The YAML
+
+
+def topology(plan: Plan) -> Iterator[str]:
+    """Precision, replicas, and keys that have no effect or another home."""
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import launch_command_parser
+
+    (precision, origin), known = plan.precision, plan.facts.precisions
+    if precision not in known:
+        yield f"{plan.machine} has no {precision} in hardware. Set mixed_precision to {known[1:][-1]} in {origin}."
+    if plan.kind == "hsdp" and plan.nodes == 1:
+        yield "hsdp replicates the model over nodes, and there is one. Use fsdp, or give more --nodes."
+    if plan.kind in ("fsdp", "hsdp") and plan.topology["fsdp_config"].get("fsdp_version") != 2:
+        yield f"{plan.yaml} asks for the first FSDP. Set fsdp_version: 2 in its fsdp_config."
+    flags = {action.dest for action in launch_command_parser()._actions}
+    keys = [(key, key, ClusterConfig.__dataclass_fields__) for key in plan.topology]
+    for section, values in plan.topology.items():
+        prefix = section.replace("config", "") * (section in ("fsdp_config", "fp8_config", "dynamo_config"))
+        for key in values if isinstance(values, dict) else ():
+            keys.append((key, key if key.startswith(prefix) else prefix + key, flags))
+    for key, name, known in keys:
+        if key in MISPLACED:
+            yield f"{key} stands in {plan.yaml}: {MISPLACED[key]}. Remove it."
+        elif name not in known:
+            yield f"accelerate knows no key {key} of {plan.yaml}. The nearest is {nearest(name, known)}."
+
+
+# The recipe
+
+
+def read_recipe(plan: Plan) -> Iterator[str]:
+    """Import its file, as `accelerate launch` would: with its own folder first."""
+    if not plan.recipe.is_file():
+        recipes = [str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/*.py")]
+        yield f"no recipe {plan.recipe}. Give its path; the nearest is {nearest(str(plan.recipe), recipes)}."
+        return
+    sys.path[:] = [str(plan.recipe.resolve().parent), *sys.path, str(ROOT)]
+    spec = importlib.util.spec_from_file_location(plan.recipe.stem, plan.recipe)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        yield f"{plan.recipe} cannot be imported: {error}. Install what it needs; copy shared/ beside it."
+        return
+    if not (hasattr(module, "parse") and hasattr(module, "Config")):
+        yield f"{plan.recipe} is no recipe: it has no Config or no parse. Give a file like those of recipes/."
+        return
+    plan.module, code = module, plan.strategy.split("_")[0]
+    if (code if code in ("tp", "pp") else plan.kind) not in plan.takes:
+        yield f"{plan.recipe.name} does not run under {plan.strategy}. Give {' or '.join(plan.takes)}."
+
+
+def read_tasks(plan: Plan) -> Iterator[str]:
+    """Parse the flags by the recipe itself: once, or for each line of `@FILE`."""
+    file = next((Path(word[1:]) for word in plan.words if word.startswith("@")), None)
+    if plan.module is None or not file:
+        yield from read_task(plan, "", plan.words) if plan.module else ()
+        return
+    lines = file.read_text().splitlines() if file.is_file() else []
+    if not lines or not plan.option("array"):
+        yield f"@{file} needs a line of flags for each task of an array. Give --array=1-{len(lines) or 'N'}."
+    for number in array(plan.option("array")) if lines else ():
+        if not 0 < number <= len(lines) or not lines[number - 1].strip():
+            yield f"--array asks for line {number} of {file}, which has {len(lines)}. Give --array=1-{len(lines)}."
+            continue
+        words = [shlex.split(lines[number - 1]) if word == f"@{file}" else [word] for word in plan.words]
+        yield from read_task(plan, f"{file} line {number}", [*itertools.chain(*words)])
+
+
+def array(text: str) -> list[int]:
+    """The numbers of sbatch's --array: 1-4, 0,2,5 or 1-9:2, then perhaps % and how many run at once."""
+    numbers = []
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", text.split("%")[0]):
+        numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return numbers
+
+
+def read_task(plan: Plan, name: str, words: list[str]) -> Iterator[str]:
+    classes = [getattr(plan.module, each) for each in ("RunConfig", "Config") if hasattr(plan.module, each)]
+    hook = sys.excepthook  # parse sets another
+    try:
+        *run_config, config = plan.module.parse(*classes, arguments=words)
+        plan.tasks.append(Task(name, words, run_config[0] if run_config else None, config))
+    except plan.shared("config").UserError as error:
+        yield f"{name}: {error}" if name else str(error)
+    finally:
+        sys.excepthook = hook
+
+
+def tasks(plan: Plan) -> Iterator[str]:
+    """Each task's sizes, batch, data and network."""
+    folders = {}
+    for task in plan.tasks:
+        for check in (variables, cut, start, data, wrapped):
+            try:
+                with plan.as_worker():
+                    problems = list(check(plan, task) or ())
+            except plan.shared("config").UserError as error:
+                problems = [str(error)]
+            yield from (f"{task.name}: {problem}" if task.name else problem for problem in problems)
+        folder = output(plan, task) if task.run_config else task.name
+        if folder in folders:
+            yield f"{folders[folder]} and {task.name} write to the same {folder}. Let their lines differ."
+        folders[folder] = task.name
+
+
+def variables(plan: Plan, task: Task) -> Iterator[str]:
+    """$DSDIR, where a path needs it."""
+    pretrained, unset = getattr(task.config, "pretrained", ""), "DSDIR" not in os.environ
+    literal = [word for word in task.words if "$" in word]
+    if unset and (literal or (pretrained and not Path(pretrained, "config.json").is_file())):
+        needs = literal[0] if literal else f"--pretrained {pretrained}"
+        yield f"$DSDIR is not set, and {needs} needs it. Log in anew, or export it."
+    elif literal:
+        yield f"{literal[0]} was not expanded. Take the single quotes away; in a file, write the path out."
+
+
+def cut(plan: Plan, task: Task) -> Iterator[str]:
+    """The sizes of tensor and pipeline parallelism, and what the recipe itself says to them."""
+    (tensor, pipeline, size), recipe, vit = plan.sizes(task), plan.module, plan.shared("vit")
+    flags = " x ".join(f"--{name} {getattr(task.config, name)}" for name in SIZES if hasattr(task.config, name))
+    if tensor > plan.gpus[0] or plan.gpus[0] % tensor:
+        gpus = plan.gpus[0]
+        yield f"--{SIZES[0]} {tensor} does not fit into a node of {gpus} GPUs. Give a divisor of {gpus}."
+    elif not size:
+        gpus = f"{plan.world_size} GPUs ({plan.nodes} nodes x {plan.gpus[0]})"
+        yield f"{flags} does not divide the {gpus}. Change it or --nodes."
+    if hasattr(recipe, "check_sizes"):
+        recipe.check_sizes(task.config)
+    elif hasattr(recipe, "refuse"):
+        recipe.refuse(task.run_config, task.config, network(plan, task).config)
+    elif hasattr(task.config, "pretrained"):
+        vit.network_sizes(task.config)
+    blocks = vit.network_sizes(task.config)[0] if pipeline > 1 else 0
+    if blocks % pipeline:
+        plan.notes.append(f"warning: {blocks} blocks over {pipeline} stages: the larger ones keep the others waiting.")
+
+
+def start(plan: Plan, task: Task) -> None:
+    """What a run refuses when it starts: its batch, trackers, checkpoints, what DeepSpeed cannot."""
+    size = plan.sizes(task)[2]
+    if task.run_config:
+        tracking = plan.shared("tracking")
+        tracking._trackers(task.run_config.report_to)
+        tracking._refuse_under_zero(task.run_config)
+        tracking._checkpoint_steps(task.run_config.checkpointing_steps, 1)
+        config = task.config
+        plan.shared("accelerator").split_batch(size or 1, config.global_batch_size, config.gradient_accumulation_steps)
+
+
+def data(plan: Plan, task: Task) -> Iterator[str]:
+    """That it is there, and that a batch does not exceed it."""
+    try:
+        steps_per_epoch(plan, task)
+    except plan.shared("config").UserError as error:
+        unset = "DSDIR" not in os.environ and task.run_config.data.startswith("/")
+        yield f"{error}{' $DSDIR is not set: did the path begin with it?' if unset else ''}"
+
+
+def steps_per_epoch(plan: Plan, task: Task) -> int | None:
+    """None where there are no images, or they are not counted yet: class folders without an index take long."""
+    read, run = getattr(plan.module, "open_data", None), task.run_config
+    if not read or not run or (Path(run.data).exists() and not Path(run.data, "train/index.safetensors").exists()):
+        return None
+    batch = task.config.global_batch_size
+    train, _ = read(run.data, run.val_fraction, run.seed, run.shuffle_block)
+    return plan.shared("data").TrainingOrder(len(train), batch, batch, 0, 1, run.seed).steps_per_epoch
+
+
+def wrapped(plan: Plan, task: Task) -> Iterator[str]:
+    """The blocks that FSDP wraps, in the recipe's model."""
+    settings = plan.topology.get("fsdp_config", {})
+    if settings.get("fsdp_auto_wrap_policy") == "TRANSFORMER_BASED_WRAP" and plan.kind in plan.takes:
+        there = {type(module).__name__ for module in network(plan, task).modules()}
+        key = "fsdp_transformer_layer_cls_to_wrap"
+        for name in str(settings.get(key, "nothing")).split(","):
+            if name.strip() not in there:
+                what = f"no module of {plan.recipe.name}'s model is a {name.strip()}, {key} of {plan.yaml}"
+                yield f"{what}. The nearest is {nearest(name.strip(), there)}."
+
+
+def network(plan: Plan, task: Task):
+    """The recipe's model without memory; 1,000 classes where the data is not looked at."""
+    import torch
+
+    vit, recipe, config, many = plan.shared("vit"), plan.module, task.config, 1000
+    if task.run_config.data == "digits":
+        many = 10
+
+    def plain(folder=None, *_):
+        if not folder:
+            return vit.VisionTransformer(vit.vit_config(config.model, config.image_size, config.patch_size, many, 0.0))
+        settings = vit._read_config(folder)
+        settings.num_labels, settings.image_size, settings.drop_path = many, config.image_size, 0.0
+        return vit.VisionTransformer(settings)
+
+    with torch.device("meta"), mock.patch("torch.nn.Module.to_empty", lambda module, **_: module):
+        names = list(inspect.signature(recipe.build_model).parameters)
+        if names[:2] == ["config", "num_classes"]:
+            stubs = {"init_weights": lambda *_: None, "load_pretrained": plain}
+            with mock.patch.dict(vars(recipe), stubs):
+                return recipe.build_model(config, many, *[0 for name in names[2:]])
+        # vit_zero.py and vit_tp_by_hand.py cut weights as they make them, which takes processes.
+        pretrained = getattr(config, "pretrained", "")
+        return plain(vit.find_pretrained(pretrained) if pretrained else None)
+
+
+def memory(plan: Plan) -> Iterator[str]:
+    yield from ()
+
+
+# What is printed
+
+
+def output(plan: Plan, task: Task) -> Path:
+    """The run's folder."""
+    config = plan.shared("config")
+    values = config.identity(plan.recipe.stem, plan.precision[0], task.run_config, task.config)
+    return Path(task.run_config.output_dir or f"runs/{plan.recipe.stem}-{config.identity_hash(values)}")
+
+
+def report(plan: Plan, task: Task) -> list[str]:
+    """The resolved configuration, aligned, each value with its origin."""
+    tensor, pipeline, size = plan.sizes(task)
+    given = {word.split("=")[0].replace("--no_", "--") for word in task.words}
+
+    def flags(*names: str) -> str:
+        origins = [(task.name or "command line") if f"--{name}" in given else f"{plan.recipe.name}" for name in names]
+        return ", ".join(dict.fromkeys(origins))
+
+    def option(name: str, default: str) -> tuple[str, str, str]:
+        return name, *plan.options.get(name, (default, "default"))
+
+    rows = [
+        ("machine", f"{plan.machine}, {plan.facts.gpus} GPUs of {plan.facts.memory} GB a node", "command line"),
+        ("strategy", plan.strategy, "command line"),
+        ("recipe", str(plan.recipe), "command line"),
+        option("nodes", "1"),
+        ("GPUs a node", str(plan.gpus[0]), plan.gpus[1]),
+        ("world size", f"{plan.world_size} = {plan.nodes} nodes x {plan.gpus[0]}", "nodes, GPUs a node"),
+        ("precision", *plan.precision),
+    ]
+    if plan.kind == "hsdp":
+        rows.append(("replicas", f"{plan.nodes}, each sharded over a node", "nodes"))
+    rows += [(name, str(getattr(task.config, name)), flags(name)) for name in SIZES if hasattr(task.config, name)]
+    rows.append(("data-parallel size", str(size), "world size" + " / the sizes above" * (tensor * pipeline > 1)))
+    if task.run_config:
+        config, run = task.config, task.run_config
+        batch, steps = config.global_batch_size, config.gradient_accumulation_steps
+        product = f"{size} (data-parallel) x {batch // size // steps} (images) x {steps} (accumulation)"
+        saves = "run.save(" in plan.recipe.read_text()
+        every = {"epoch": "each epoch"}.get(run.checkpointing_steps, f"each {run.checkpointing_steps} steps")
+        rows += [
+            ("batch", f"{batch} = {product}", flags("global_batch_size", "gradient_accumulation_steps")),
+            ("checkpoints", every if saves else "none", flags("checkpointing_steps") if saves else plan.recipe.name),
+            ("output", str(output(plan, task)), flags("output_dir") if run.output_dir else "hash of all values"),
+        ]
+    rows.append(option("time", "unknown" if in_job() else "00:10:00"))
+    rows += [option("qos", "the machine's"), option("account", "the job's")]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows]
+    if len(plan.tasks) > 1:
+        lines.append(f"So does each of {len(plan.tasks)} lines: from {task.name} to {plan.tasks[-1].name}.")
+    return [*lines, crash_cost(plan, task)]
+
+
+def crash_cost(plan: Plan, task: Task) -> str:
+    """Of a crash just before a checkpoint."""
+    hours, job = plan.seconds / 3600 * plan.world_size, "the job's GPU-hours"
+    if plan.seconds < float("inf"):
+        job = f"the job's {hours:,.1f} GPU-hours"
+    if not task.run_config or "run.save(" not in plan.recipe.read_text():
+        return f"A crash costs all that was done, at most {job}: there are no checkpoints."
+    every, epochs, steps = task.run_config.checkpointing_steps, task.config.epochs, steps_per_epoch(plan, task)
+    total = steps and min(steps * epochs, task.run_config.max_steps or steps * epochs)
+    what = f"{steps or 'the'} steps of an epoch" if every == "epoch" else f"{every} steps"
+    between = (steps if every == "epoch" else int(every)) if total else None
+    share = min(1, between / total) if total else 1 / epochs if every == "epoch" else None
+    line = f"A crash between checkpoints costs at most {what}, "
+    if share is None:
+        return line + f"a share that is not known before the images are counted; never more than {job}."
+    cost = f": {share * hours:,.2f} GPU-hours if the run fills the job" if plan.seconds < float("inf") else ""
+    return line + f"{share:.1%} of the run{cost}; never more than {job}."
+
+
+if __name__ == "__main__":
+    # As in the job: slurm/launch.sh.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if os.environ.get("WORK"):
+        os.environ.setdefault("HF_HOME", f"{os.environ['WORK']}/.cache/huggingface")
+    sys.exit(main(sys.argv[1:]))
