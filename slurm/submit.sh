@@ -11,10 +11,13 @@ main() {
     export RECIPES_ROOT
     read_words "$@"
     [[ -f $RECIPES_ROOT/slurm/$machine.slurm ]] || fail "no machine $machine. There are: $(machines)."
-    python "$RECIPES_ROOT/tools/preflight.py" "$machine" "$strategy" "${options[@]}" -- "${words[@]}" || exit 1
+    python "$RECIPES_ROOT/tools/preflight.py" "$machine" "$strategy" "${options[@]}" -- "$recipe" "${flags[@]}" || exit 1
     # A sweep's lines differ: each task checks its own.
-    [[ $sweep ]] || export RECIPES_PREFLIGHT=passed
-    local command=(sbatch --job-name="$(basename "$recipe" .py)-$strategy" "${options[@]}")
+    [[ " ${flags[*]}" == *" @"* ]] || export RECIPES_PREFLIGHT=passed
+    # The log is named after the job: no blanks.
+    local name="${recipe##*/}"
+    name=${name%.py}-$strategy
+    local command=(sbatch --job-name="${name// /_}" "${options[@]}")
     command+=("$RECIPES_ROOT/slurm/$machine.slurm" "$strategy" "$recipe" "${flags[@]}")
     printf '%q ' "${command[@]}"
     echo
@@ -37,23 +40,6 @@ read_words() {
     done
     (($# >= 2)) || fail "$usage; no recipe follows --."
     recipe=$2 flags=("${@:3}")
-    expand
-}
-
-# The words for the preflight: a sweep's first line stands for @FILE.
-expand() {
-    local word line
-    words=("$recipe") sweep=''
-    for word in "${flags[@]}"; do
-        if [[ $word == @* ]]; then
-            sweep=yes
-            line=$(head -n 1 "${word#@}") || fail "cannot read ${word#@}."
-            xargs true <<<"$line" || fail "cannot split: $line"
-            mapfile -d '' -t -O ${#words[@]} words < <(xargs -r printf '%s\0' <<<"$line")
-        else
-            words+=("$word")
-        fi
-    done
 }
 
 machines() {

@@ -21,6 +21,7 @@ NODES = [f"r1i0n{number}" for number in range(4)]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 MOST_SECONDS = 240  # that a test waits for one event
 
+# OverTimeLimit: minutes after its limit until Slurm kills a job; starting one takes half a minute on a busy machine.
 # Each node has every feature, 96 cores and 8 GPUs, so that four of them serve the jobs of all machines.
 SLURM_CONF = """
 ClusterName=fake
@@ -47,6 +48,7 @@ JobSubmitPlugins=lua
 ReturnToService=2
 SlurmdTimeout=30
 KillWait=30
+OverTimeLimit=3
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2
 SchedulerType=sched/backfill
@@ -161,10 +163,18 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As a power cut: the daemon, its steps, and all that they started."""
         _kill(self.nodes[name].pid)
-        for pid in self.processes(f"SLURMD_NODENAME={name}"):
+        tasks = self.processes(f"SLURMD_NODENAME={name}")
+        # A step's daemon stands between two nodes' processes, under a name of its own.
+        daemons = {parent for parent in map(_parent, tasks) if _name(parent).startswith("slurmstepd")}
+        for pid in [*daemons, *tasks]:
             _kill(pid)
-        for pid in _stepds(self.processes(), self.nodes[name].pid):
-            _kill(pid)
+
+    def sbatch(self, *words: str, cwd: Path, **variables: str) -> "Job":
+        """`sbatch` itself, or another program that calls it."""
+        words = [*map(str, words)]
+        process = self.command(*words, cwd=cwd, env={**self.environment, **variables})
+        assert process.returncode == 0, process.stdout + process.stderr
+        return Job(self, int(re.findall(r"Submitted batch job (\d+)", process.stdout)[0]), cwd, process.stdout)
 
     def command(self, *words: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:
         options = {"env": self.environment, **options}
@@ -177,6 +187,52 @@ class Cluster:
 
     def states(self) -> set[str]:
         return set(self.command("sinfo", "-h", "-o", "%T").stdout.split())
+
+
+class Job:
+    """What Slurm says of a job, and its log."""
+
+    def __init__(self, cluster: Cluster, number: int, folder: Path, submitted: str):
+        self.cluster, self.number, self.folder, self.submitted = cluster, number, folder, submitted
+
+    @property
+    def fields(self) -> dict[str, str]:
+        words = self.cluster.output("scontrol", "show", "job", "-o", str(self.number))
+        return dict(re.findall(r"(\w+)=(\S*)", words))
+
+    @property
+    def log(self) -> str:
+        path = Path(self.fields["StdOut"])
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def state(self) -> str:
+        return self.fields["JobState"]
+
+    def update(self, *changes: str) -> None:
+        self.cluster.output("scontrol", "update", f"JobId={self.number}", *changes)
+
+    def wait_until(self, *states: str) -> "Job":
+        try:
+            wait_for(lambda: self.state in states, f"job {self.number} to be {' or '.join(states)}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {self.state}\n{self.log}") from None
+        return self
+
+    def wait_completed(self) -> "Job":
+        self.wait_until(*ENDED)
+        assert self.state == "COMPLETED", self.log
+        return self
+
+    def wait_requeued(self, restarts: int) -> None:
+        """Until it waits for its next start, which Slurm delays by two minutes; `go_on` spares them."""
+        what = f"restart {restarts} of job {self.number}"
+        wait_for(lambda: self.fields["Restarts"] == str(restarts) or self.state in ENDED, what)
+        assert self.fields["Restarts"] == str(restarts), self.log
+        self.wait_until("PENDING")
+
+    def go_on(self, *changes: str) -> None:
+        self.update("StartTime=now", *changes)
 
 
 def wait_for(condition: Callable, what: str, seconds: float = MOST_SECONDS):
@@ -196,6 +252,18 @@ def _follow() -> None:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def _environments():

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Slurm a session."""
+
+from collections.abc import Iterator
+
+import pytest
+from conftest import environment
+
+from slurm.cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """Of Debian's slurm-wlm, or another one built for several slurmd on a host."""
+    if missing():
+        pytest.skip(f"no {', '.join(missing())} on this machine: apt-get install slurm-wlm")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), environment())
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
