@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import launches
-from launches import BATCH, MIB, REPLICAS, SIDES, Strategy, image_of, shapes_of, stage_of, tensor_shard
+from launches import BATCH, MIB, REPLICAS, SIDES, Strategy, image_of, shapes_of
+from memory_estimate import stage_of, tensor_shard
 from report import ROOT, table, write
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 from torch.distributed.tensor import DTensor

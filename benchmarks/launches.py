@@ -21,6 +21,7 @@ import torch
 from report import ROOT
 
 sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT / "tools"))  # for memory_estimate
 
 from shared.accelerator import build_accelerator, data_parallel
 from shared.config import RunConfig
@@ -67,23 +68,6 @@ def shapes_of(model: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         network = VisionTransformer(vit_config(model, **image_of(model), num_classes=CLASSES, drop_path=0.0))
     return {name: parameter.shape for name, parameter in network.named_parameters()}
-
-
-def tensor_shard(name: str, shape: torch.Size, size: int) -> tuple[int, ...]:
-    """Columns of the first products, rows of the second ones (torch stores weights transposed); the rest is whole."""
-    if name.rsplit(".", 2)[-2] in ("q_proj", "k_proj", "v_proj", "fc1"):
-        return shape[0] // size, *shape[1:]
-    if name.endswith(("o_proj.weight", "fc2.weight")):
-        return shape[0], shape[1] // size
-    return tuple(shape)
-
-
-def stage_of(name: str, shapes: dict, stages: int) -> int:
-    """Stage s of p ends before block L (s + 1) / p, rounded down; the first has the embeddings, the last the head."""
-    blocks = 1 + max(int(each.split(".")[2]) for each in shapes if each.startswith("vit.layers."))
-    if not name.startswith("vit.layers."):
-        return 0 if name.startswith("vit.embeddings.") else stages - 1
-    return next(s for s in range(stages) if int(name.split(".")[2]) < blocks * (s + 1) // stages)
 
 
 # One process of a launch

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 import launches
 import torch
 from launches import BATCH, CLASSES, MIB, REPLICAS, SIDES, STRATEGIES, image_of, shapes_of, tensor_of
+from memory_estimate import KINDS, by_kind, held
 from report import ROOT, table, write
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared.accelerator import MESH
 from shared.vit import SIZES
 
-KINDS, GIB = ("parameters", "gradients", "optimizer"), 2**30
+GIB = 2**30
 FAKE_RANKS = (8, 64, 256, 1024)
 RANKS = {"S": (1, 2, 4), "B": (1, 2, 4, *FAKE_RANKS), "L": FAKE_RANKS, "G": FAKE_RANKS}  # those measured by default
 WHY = {
@@ -55,28 +56,10 @@ WHY = {
 
 
 def formula(strategy: str, shapes: dict, ranks: int, rank: int, sizes: dict) -> dict[str, float]:
-    """Bytes of parameters, gradients and optimizer state on this rank."""
-    tensor = sizes.get("tensor_parallel_size", 1)
-    if strategy == "pp":
-        shapes = {name: shape for name, shape in shapes.items() if launches.stage_of(name, shapes, ranks) == rank}
-    local = [launches.tensor_shard(name, shape, tensor) for name, shape in shapes.items()]
-    whole = sum(map(math.prod, local))
-    if strategy.startswith("zero"):
-        stage, share = int(strategy[-1]), whole / ranks
-        # DeepSpeed keeps the paper's copy of the weights in fp32 training too: 12 P beside 4 P and 4 P.
-        return by_kind(4 * (share if stage == 3 else whole), 4 * (share if stage > 1 else whole), 12 * share)
-    shards = {"fsdp": ranks, "hsdp": ranks // REPLICAS, "tp_fsdp": ranks // tensor}.get(strategy, 1)
-    index, padded, mine = rank // tensor % shards, 0, 0
-    for rows, *row in local:
-        # FSDP2 cuts rows, and allocates ceil(rows / shards) on every rank; Adam has state for those that exist.
-        most = -(-rows // shards)
-        padded += most * math.prod(row)
-        mine += min(max(rows - index * most, 0), most) * math.prod(row)
-    return by_kind(4 * padded, 4 * padded, 8 * mine)
-
-
-def by_kind(*figures) -> dict:
-    return dict(zip(KINDS, figures, strict=True))
+    """Bytes of parameters, gradients and optimizer state on this rank; zero1 as in its paper."""
+    kind = {"tp": "ddp", "pp": "ddp", "tp_fsdp": "fsdp"}.get(strategy, strategy)
+    split = {"tensor": sizes.get("tensor_parallel_size", 1), "stages": ranks if strategy == "pp" else 1}
+    return held(kind, shapes, ranks, rank, **split, replicas=REPLICAS if kind == "hsdp" else 1, accumulates=True)
 
 
 # What a tensor takes
@@ -197,7 +180,7 @@ def row(case: dict, how: str, counted: dict, expected: dict) -> dict:
     line |= {f"formula_{kind}_bytes": round(expected[kind]) for kind in KINDS}
     if not counted:
         return line
-    ratio = held(line) / held(line, "formula_")
+    ratio = bytes_of(line) / bytes_of(line, "formula_")
     off = any(abs(each - 1) > 0.05 for each in (ratio, *(counted[kind] / expected[kind] for kind in KINDS)))
     return line | {"ratio": round(ratio, 4), "off": off, "why": WHY.get(case["strategy"], "") if off else ""}
 
@@ -261,7 +244,7 @@ def fake_rank(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> 
 # What a reader sees
 
 
-def held(row: dict, which: str = "") -> int:
+def bytes_of(row: dict, which: str = "") -> int:
     """Bytes of all kinds; which = `formula_`: by the formula."""
     return sum(row[f"{which}{kind}_bytes"] for kind in KINDS)
 
@@ -272,7 +255,7 @@ def shown(row: dict) -> dict:
     for name in (*KINDS, "other", "peak"):
         line[f"{name}_MiB"] = None if row[f"{name}_bytes"] is None else row[f"{name}_bytes"] / MIB
     return line | {
-        "formula_MiB": held(row, "formula_") / MIB,
+        "formula_MiB": bytes_of(row, "formula_") / MIB,
         "ratio": row.get("ratio"),
         "": "off" * row.get("off", False),
     }
@@ -294,7 +277,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def plot_strategies(axes, rows: list[dict]) -> None:
     """The fullest rank under each strategy, of the case with most ranks and of its largest model."""
     ranks, _, model = max((row["ranks"], list(SIZES).index(row["model"]), row["model"]) for row in rows)
-    chosen = sorted((row for row in rows if (row["ranks"], row["model"]) == (ranks, model)), key=held)
+    chosen = sorted((row for row in rows if (row["ranks"], row["model"]) == (ranks, model)), key=bytes_of)
     fullest = {row["strategy"]: row for row in chosen}  # a later row of a strategy replaces a former
     fullest = {name: fullest[name] for name in STRATEGIES if name in fullest}
     bottom, colours = [0.0] * len(fullest), ("#4477AA", "#EE6677", "#CCBB44", "#CCCCCC")
@@ -303,7 +286,7 @@ def plot_strategies(axes, rows: list[dict]) -> None:
         heights = [row[f"{kind}_bytes"] / GIB for row in fullest.values()]
         axes.bar(list(fullest), heights, bottom=bottom, color=colour, label=label)
         bottom = list(map(sum, zip(bottom, heights, strict=True)))
-    expected = [held(row, "formula_") / GIB for row in fullest.values()]
+    expected = [bytes_of(row, "formula_") / GIB for row in fullest.values()]
     axes.plot(list(fullest), expected, "_", color="black", markersize=28, label="formula, without other")
     peaks = [row["peak_bytes"] / GIB for row in fullest.values()]
     axes.plot(list(fullest), peaks, "kD", markersize=5, label="peak of the step")
@@ -318,11 +301,11 @@ def plot_ranks(axes, rows: list[dict]) -> None:
     for model, colour in zip(models, ("#4477AA", "#EE6677", "#228833"), strict=False):
         whole = 16 * sum(map(math.prod, shapes_of(model).values())) / MIB
         first, last = ([row for row in rows if row["model"] == model and (row["rank"] > 0) == up] for up in (0, 1))
-        ranks, sizes = [row["ranks"] for row in first], [held(row) / MIB for row in first]
-        others = [held(row) / MIB for row in last]
+        ranks, sizes = [row["ranks"] for row in first], [bytes_of(row) / MIB for row in first]
+        others = [bytes_of(row) / MIB for row in last]
         axes.plot(ranks, sizes, "o", color=colour, label=f"ViT-{model}, rank 0, counted")
         axes.plot(ranks, others, "o", color=colour, fillstyle="none", label="last rank, counted")
-        axes.plot(ranks, [held(row, "formula_") / MIB for row in first], color=colour, label="rank 0, formula")
+        axes.plot(ranks, [bytes_of(row, "formula_") / MIB for row in first], color=colour, label="rank 0, formula")
         axes.plot(ranks, [whole / number for number in ranks], ":", color=colour, label="even share, 16 P / ranks")
         for number, size in zip(ranks, sizes, strict=True):
             excess = f"+{size * number / whole - 1:.0%}"

@@ -164,6 +164,10 @@ class Plan:
         tensor, pipeline = (getattr(task.config, name, 1) for name in SIZES)
         return tensor, pipeline, 0 if self.world_size % (tensor * pipeline) else self.world_size // tensor // pipeline
 
+    def images(self, task: Task) -> int:
+        """Of one forward of one process."""
+        return task.config.global_batch_size // self.sizes(task)[2] // task.config.gradient_accumulation_steps
+
     def as_worker(self):
         """While this lasts, the recipe's own checks see the variables that a worker of this job would."""
         variables = {
@@ -182,8 +186,10 @@ def main(words: list[str]) -> int:
     plan, problems = read_command(words)
     skipped = os.environ.get("PREFLIGHT_SKIP", "").split(",")
     optional = [check for check in (accounts, limits, caches, versions, quotas) if check.__name__ not in skipped]
-    for check in [] if problems else [topology, read_recipe, read_tasks, tasks, *optional, memory]:
+    for check in [] if problems else [topology, read_recipe, read_tasks, tasks, *optional]:
         problems += check(plan)
+    if not problems and plan.memory and plan.tasks[0].run_config:
+        problems += memory(plan)
     for problem in dict.fromkeys(problems):
         print(f"error: {' '.join(problem.split())}", file=sys.stderr)
     if not problems:
@@ -593,7 +599,67 @@ def network(plan: Plan, task: Task):
 
 
 def memory(plan: Plan) -> Iterator[str]:
-    yield from ()
+    """Of a GPU, estimated for the first task; what to change where it is too little."""
+    task, giga = plan.tasks[0], 2**30
+    totals, config = memory_of(plan, task), task.config
+    settings = plan.topology.get("fsdp_config", {})
+    recompute = bool(getattr(config, "activation_checkpointing", settings.get("fsdp_activation_checkpointing")))
+    # CUDA and NCCL take one.
+    room = (0.98 * (32 if "32g" in plan.option("constraint") else plan.facts.memory) - 1) * giga
+    parts = totals(1, recompute)
+    most = parts.pop("total")
+    line = " + ".join(f"{value / giga:.1f} {name}" for name, value in parts.items())
+    line = f"{line}: at most {most / giga:.1f} GiB at once of {room / giga:.1f}"
+    plan.notes.append(f"Memory of a GPU, estimated: {line}.")
+    choices = [(recompute, "")]
+    if hasattr(config, "activation_checkpointing") and not recompute:
+        choices.append((True, "--activation_checkpointing "))
+        plan.notes.append(f"  With {choices[1][1]}at most {totals(1, True)['total'] / giga:.1f} GiB.")
+    images, steps, remedies = plan.images(task), config.gradient_accumulation_steps, []
+    for again, flag in choices if most > room else ():
+        factors = [factor for factor in range(1, images + 1) if images % factor == 0]
+        factor = next((each for each in factors if totals(each, again)["total"] < room), 0)
+        if factor:
+            flag += f"--gradient_accumulation_steps {steps * factor} " * (factor > 1)
+            remedies.append(f"{flag}({totals(factor, again)['total'] / giga:.1f} GiB)")
+    if most > room:
+        yield f"{line}. Give {' or '.join(remedies) or 'more GPUs, or a strategy that shards more: see the parts'}."
+
+
+def memory_of(plan: Plan, task: Task):
+    """A function of (times the accumulation steps, activation checkpointing) to bytes by kind."""
+    import memory_estimate as estimate
+
+    config, kind, (tensor, stages, _), recipe = task.config, plan.kind, plan.sizes(task), plan.module
+    with plan.as_worker():
+        model = network(plan, task)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    half = plan.precision[0] != "no"
+    yaml = plan.topology.get("deepspeed_config", {}) | plan.topology.get("fsdp_config", {})
+    saved = estimate.activations(model, config.image_size, half)
+    if getattr(config, "sequence_parallel", False):
+        saved = saved._replace(split=saved.block)
+    held = {"replicas": plan.nodes if kind == "hsdp" else 1, "weight_bytes": 2 if half and "zero" in kind else 4}
+    if "model" in list(inspect.signature(recipe.build_optimizer).parameters)[:1]:  # else vit_zero.py's Adam
+        held["state_bytes"] = estimate.state_bytes(recipe.build_optimizer(model, config, 100)[0])
+    how = {"half": half, "tensor": tensor, "stages": stages}
+    how["reshard"] = yaml.get("fsdp_reshard_after_forward", True) and getattr(config, "reshard_after_forward", True)
+    if getattr(config, "pipeline_schedule", "") == "1f1b":
+        how["waiting"] = min(1, stages / config.pipeline_chunks)
+    waits = {"parameters": "param", "gradients": "optimizer", "optimizer": "optimizer"}  # in the host's memory
+    firsts = range(0, plan.world_size, plan.world_size // stages)
+
+    def totals(factor: int, recompute: bool) -> dict[str, float]:
+        more = factor * config.gradient_accumulation_steps > 1
+        split = {"tensor": tensor, "stages": stages, "accumulates": more, **held}
+        ranks = [estimate.held(kind, shapes, plan.world_size, rank, **split) for rank in firsts]
+        kept = max(ranks, key=lambda each: sum(each.values()))
+        kept |= {name: 0 for name, what in waits.items() if yaml.get(f"offload_{what}_device") == "cpu"}
+        images = plan.images(task) // factor
+        passing = {"accumulates": more, "recompute": recompute, **how}
+        return estimate.peak(kind, shapes, plan.world_size, kept, saved, images, **passing)
+
+    return totals
 
 
 # What is printed
@@ -634,7 +700,7 @@ def report(plan: Plan, task: Task) -> list[str]:
     if task.run_config:
         config, run = task.config, task.run_config
         batch, steps = config.global_batch_size, config.gradient_accumulation_steps
-        product = f"{size} (data-parallel) x {batch // size // steps} (images) x {steps} (accumulation)"
+        product = f"{size} (data-parallel) x {plan.images(task)} (images) x {steps} (accumulation)"
         saves = "run.save(" in plan.recipe.read_text()
         every = {"epoch": "each epoch"}.get(run.checkpointing_steps, f"each {run.checkpointing_steps} steps")
         rows += [
