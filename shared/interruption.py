@@ -13,7 +13,7 @@ from .config import job_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 REASONS = ("", "signal", "stop_file", "deadline", "nonfinite")  # in summary.json; the last one is an error
-CHECK_SECONDS = 0.2  # between two agreements
+CHECK_SECONDS = 0.5  # between two agreements; a message costs up to 0.4 ms, and a step is to wait for 0.1 % at most
 WATCH_SECONDS = 1.0  # between two looks at the STOP file, which lies on a parallel file system
 MARGIN = 60  # seconds before a job's end that its launcher and Slurm keep for themselves
 

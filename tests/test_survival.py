@@ -146,7 +146,7 @@ def test_a_signal_within_the_evaluation_waits_for_its_end(server: Server, runs, 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(server: Server, runs, data, whole):
     folder = runs / "one-rank"
-    launch = server.start(words(folder, *data, *VIT, "--max_steps", "30", recipe="vit", num_processes=2))
+    launch = server.start(words(folder, *data, *VIT, recipe="vit", num_processes=2))
     at_step(launch, folder, 2)
     launch.kill(launch.workers[1:], signal.SIGUSR1)
     step = stopped(launch, folder, "signal")
@@ -160,6 +160,7 @@ def test_a_real_launcher_and_its_group_pass_signals_on(runs, data, whole):
     """torchrun's agent: SIGTERM to it alone, then SIGINT to its whole process group, as Ctrl-C sends it."""
     folder = runs / "real"
     command = [*launch_command(num_processes=2), str(VIT_RECIPE), "--output_dir", str(folder), *data, *VIT]
+    command += ["--epochs", "30"]
     for number, send in ((signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)):
         output = runs / f"real-{number}.txt"
         with open(output, "w") as out:
