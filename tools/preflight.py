@@ -17,6 +17,7 @@ wrote down, and on this machine.
 
 import argparse
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -470,14 +471,21 @@ def array(text: str) -> list[int]:
 
 def read_task(plan: Plan, name: str, words: list[str]) -> Iterator[str]:
     classes = [getattr(plan.module, each) for each in ("RunConfig", "Config") if hasattr(plan.module, each)]
-    hook = sys.excepthook  # parse sets another
-    try:
+
+    def read() -> None:
         *run_config, config = plan.module.parse(*classes, arguments=words)
         plan.tasks.append(Task(name, words, run_config[0] if run_config else None, config))
+
+    with mock.patch("sys.excepthook"):  # parse sets another
+        yield from (f"{name}: {problem}" if name else problem for problem in refusals(plan, read))
+
+
+def refusals(plan: Plan, function, *arguments) -> Iterator[str]:
+    """What it yields, and what one of the recipe's parts raises in it."""
+    try:
+        yield from function(*arguments) or ()
     except plan.shared("config").UserError as error:
-        yield f"{name}: {error}" if name else str(error)
-    finally:
-        sys.excepthook = hook
+        yield str(error)
 
 
 def tasks(plan: Plan) -> Iterator[str]:
@@ -485,11 +493,8 @@ def tasks(plan: Plan) -> Iterator[str]:
     folders = {}
     for task in plan.tasks:
         for check in (variables, cut, start, data, wrapped):
-            try:
-                with plan.as_worker():
-                    problems = list(check(plan, task) or ())
-            except plan.shared("config").UserError as error:
-                problems = [str(error)]
+            with plan.as_worker():
+                problems = list(refusals(plan, check, plan, task))
             yield from (f"{task.name}: {problem}" if task.name else problem for problem in problems)
         folder = output(plan, task) if task.run_config else task.name
         if folder in folders:
@@ -543,11 +548,10 @@ def start(plan: Plan, task: Task) -> None:
 
 def data(plan: Plan, task: Task) -> Iterator[str]:
     """That it is there, and that a batch does not exceed it."""
-    try:
-        steps_per_epoch(plan, task)
-    except plan.shared("config").UserError as error:
-        unset = "DSDIR" not in os.environ and task.run_config.data.startswith("/")
-        yield f"{error}{' $DSDIR is not set: did the path begin with it?' if unset else ''}"
+    path = task.run_config.data if task.run_config else "$"
+    unset = " $DSDIR is not set: did the path begin with it?" if path[0] == "/" and "DSDIR" not in os.environ else ""
+    if "$" not in path:
+        yield from (problem + unset for problem in refusals(plan, lambda: steps_per_epoch(plan, task) and ()))
 
 
 def steps_per_epoch(plan: Plan, task: Task) -> int | None:
@@ -556,8 +560,13 @@ def steps_per_epoch(plan: Plan, task: Task) -> int | None:
     if not read or not run or (Path(run.data).exists() and not Path(run.data, "train/index.safetensors").exists()):
         return None
     batch = task.config.global_batch_size
-    train, _ = read(run.data, run.val_fraction, run.seed, run.shuffle_block)
-    return plan.shared("data").TrainingOrder(len(train), batch, batch, 0, 1, run.seed).steps_per_epoch
+    count = count_images(read, run.data, run.val_fraction, run.seed, run.shuffle_block)
+    return plan.shared("data").TrainingOrder(count, batch, batch, 0, 1, run.seed).steps_per_epoch
+
+
+@functools.cache
+def count_images(read, *arguments) -> int:
+    return len(read(*arguments)[0])
 
 
 def wrapped(plan: Plan, task: Task) -> Iterator[str]:
@@ -633,6 +642,8 @@ def memory_of(plan: Plan, task: Task):
     config, kind, (tensor, stages, _), recipe = task.config, plan.kind, plan.sizes(task), plan.module
     with plan.as_worker():
         model = network(plan, task)
+    for module in model.modules():
+        module.recompute = False  # --activation_checkpointing; its bytes follow from the whole ones
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     half = plan.precision[0] != "no"
     yaml = plan.topology.get("deepspeed_config", {}) | plan.topology.get("fsdp_config", {})
