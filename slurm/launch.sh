@@ -16,7 +16,7 @@
 set -euo pipefail
 
 main() {
-    trap 'trapped=1 cancelled=1' TERM
+    trap 'trapped=1 ended=1' TERM
     read_words "$@"
     command -v python >/dev/null || fail "no python. Activate your environment before sbatch, or see RECIPES_MODULES."
     name_job
@@ -186,8 +186,9 @@ wait_for() {
 conclude() {
     local status=$1 state reason
     read -r state reason < <(run_state) || true
-    if [[ ${cancelled:-} ]]; then
-        echo "cancelled; the same command goes on from the last checkpoint"
+    if [[ ${ended:-} ]]; then
+        # scancel, or a lost node, after which Slurm requeues by itself.
+        echo "ended by Slurm; the same command goes on from the last checkpoint"
     elif [[ $state == finished || $status == 0 && $state != interrupted ]]; then
         exit 0
     elif [[ $state == interrupted && $reason == stop_file ]]; then

@@ -232,6 +232,7 @@ class Job:
         self.wait_until("PENDING")
 
     def go_on(self, *changes: str) -> None:
+        time.sleep(3)  # the nodes refuse what the job was allowed to, to the second, before it was requeued
         self.update("StartTime=now", *changes)
 
 
