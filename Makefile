@@ -30,7 +30,7 @@ smoke: setup  ## two real steps of every recipe on this machine's GPU, else its 
 	$(BIN)/python tools/smoke.py $(RECIPE)
 
 test: setup lint  ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/
 	$(BIN)/python tests/soak.py $(KILLS)
