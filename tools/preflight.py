@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import math
 import os
 import platform
 import re
@@ -143,8 +144,13 @@ class Plan:
         """The strategy as a worker sees it: tp and pp are ddp, with code of the recipe."""
         kind = str(self.topology.get("distributed_type"))
         if kind == "DEEPSPEED":
-            return f"zero{self.topology['deepspeed_config']['zero_stage']}"
+            return f"zero{self.section('deepspeed').get('zero_stage', 2)}"
         return ("hsdp" if "parallelism_config" in self.topology else "fsdp") if kind == "FSDP" else "ddp"
+
+    @property
+    def gigabytes(self) -> int:
+        """Of a GPU."""
+        return 32 if "32g" in self.option("constraint") else self.facts.memory
 
     @property
     def takes(self) -> list[str]:
@@ -156,6 +162,10 @@ class Plan:
     def shared(self, name: str) -> ModuleType:
         """A module of the `shared` that the recipe imports: a copied recipe may have its own."""
         return importlib.import_module(f"{self.module.parse.__module__.rpartition('.')[0]}.{name}")
+
+    def section(self, name: str) -> dict:
+        """Of the YAML."""
+        return self.topology.get(f"{name}_config") or {}
 
     def option(self, name: str) -> str:
         return self.options.get(name, ("", ""))[0]
@@ -225,7 +235,10 @@ def read_command(words: list[str]) -> tuple[Plan | None, list[str]]:
     if strategy not in found:
         close = f"The nearest is {nearest(strategy, found)}; there are {', '.join(found)}."
         return None, [f"{machine} has no strategy {strategy}. {close}"]
-    settings = yaml.safe_load((ROOT / f"accelerate_configs/{machine}_{strategy}.yaml").read_text())
+    try:
+        settings = yaml.safe_load((ROOT / f"accelerate_configs/{machine}_{strategy}.yaml").read_text())
+    except yaml.YAMLError as error:
+        return None, [f"accelerate_configs/{machine}_{strategy}.yaml cannot be read: {error}."]
     options, others = resolve(machine, front)
     recipe, *flags = words[end + 1 :]
     plan = Plan(machine, strategy, "--memory" in others, Path(recipe), flags, options, settings)
@@ -404,7 +417,7 @@ def topology(plan: Plan) -> Iterator[str]:
         yield f"{plan.machine} has no {precision} in hardware. Set mixed_precision to {known[1:][-1]} in {origin}."
     if plan.kind == "hsdp" and plan.nodes == 1:
         yield "hsdp replicates the model over nodes, and there is one. Use fsdp, or give more --nodes."
-    if plan.kind in ("fsdp", "hsdp") and plan.topology["fsdp_config"].get("fsdp_version") != 2:
+    if plan.kind in ("fsdp", "hsdp") and plan.section("fsdp").get("fsdp_version") != 2:
         yield f"{plan.yaml} asks for the first FSDP. Set fsdp_version: 2 in its fsdp_config."
     flags = {action.dest for action in launch_command_parser()._actions}
     keys = [(key, key, ClusterConfig.__dataclass_fields__) for key in plan.topology]
@@ -433,8 +446,9 @@ def read_recipe(plan: Plan) -> Iterator[str]:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        yield f"{plan.recipe} cannot be imported: {error}. Install what it needs; copy shared/ beside it."
+    except Exception as error:  # whatever a user's own file does
+        what = f"{plan.recipe} cannot be imported: {type(error).__name__}: {error}"
+        yield f"{what}. Install what it needs, and copy shared/ beside it."
         return
     if not (hasattr(module, "parse") and hasattr(module, "Config")):
         yield f"{plan.recipe} is no recipe: it has no Config or no parse. Give a file like those of recipes/."
@@ -457,8 +471,13 @@ def read_tasks(plan: Plan) -> Iterator[str]:
         if not 0 < number <= len(lines) or not lines[number - 1].strip():
             yield f"--array asks for line {number} of {file}, which has {len(lines)}. Give --array=1-{len(lines)}."
             continue
-        words = [shlex.split(lines[number - 1]) if word == f"@{file}" else [word] for word in plan.words]
-        yield from read_task(plan, f"{file} line {number}", [*itertools.chain(*words)])
+        try:
+            line = shlex.split(lines[number - 1])
+        except ValueError as error:
+            yield f"{file} line {number} cannot be split into words: {error}. Close its quotes."
+            continue
+        words = itertools.chain(*(line if word == f"@{file}" else [word] for word in plan.words))
+        yield from read_task(plan, f"{file} line {number}", [*words])
 
 
 def array(text: str) -> list[int]:
@@ -495,7 +514,10 @@ def tasks(plan: Plan) -> Iterator[str]:
         for check in (variables, cut, start, data, wrapped):
             with plan.as_worker():
                 problems = list(refusals(plan, check, plan, task))
-            yield from (f"{task.name}: {problem}" if task.name else problem for problem in problems)
+            for problem in problems:
+                asks = re.search("--data /.* does not exist|--pretrained .* was not found", problem)
+                hint = " $DSDIR is not set: log in anew, or export it." * bool(asks and "DSDIR" not in os.environ)
+                yield (f"{task.name}: " if task.name else "") + problem + hint
         folder = output(plan, task) if task.run_config else task.name
         if folder in folders:
             yield f"{folders[folder]} and {task.name} write to the same {folder}. Let their lines differ."
@@ -503,14 +525,12 @@ def tasks(plan: Plan) -> Iterator[str]:
 
 
 def variables(plan: Plan, task: Task) -> Iterator[str]:
-    """$DSDIR, where a path needs it."""
-    pretrained, unset = getattr(task.config, "pretrained", ""), "DSDIR" not in os.environ
-    literal = [word for word in task.words if "$" in word]
-    if unset and (literal or (pretrained and not Path(pretrained, "config.json").is_file())):
-        needs = literal[0] if literal else f"--pretrained {pretrained}"
-        yield f"$DSDIR is not set, and {needs} needs it. Log in anew, or export it."
-    elif literal:
-        yield f"{literal[0]} was not expanded. Take the single quotes away; in a file, write the path out."
+    """A path that begins with $DSDIR, in single quotes or in a file: nothing expands it."""
+    for word in (word for word in task.words if "$" in word):
+        if "$DSDIR" in word and "DSDIR" not in os.environ:
+            yield f"$DSDIR is not set, and {word} needs it. Log in anew, or export it."
+        else:
+            yield f"{word} was not expanded. Take the single quotes away; in a file, write the path out."
 
 
 def cut(plan: Plan, task: Task) -> Iterator[str]:
@@ -546,12 +566,10 @@ def start(plan: Plan, task: Task) -> None:
         plan.shared("accelerator").split_batch(size or 1, config.global_batch_size, config.gradient_accumulation_steps)
 
 
-def data(plan: Plan, task: Task) -> Iterator[str]:
+def data(plan: Plan, task: Task) -> None:
     """That it is there, and that a batch does not exceed it."""
-    path = task.run_config.data if task.run_config else "$"
-    unset = " $DSDIR is not set: did the path begin with it?" if path[0] == "/" and "DSDIR" not in os.environ else ""
-    if "$" not in path:
-        yield from (problem + unset for problem in refusals(plan, lambda: steps_per_epoch(plan, task) and ()))
+    if task.run_config and "$" not in task.run_config.data:
+        steps_per_epoch(plan, task)
 
 
 def steps_per_epoch(plan: Plan, task: Task) -> int | None:
@@ -571,7 +589,7 @@ def count_images(read, *arguments) -> int:
 
 def wrapped(plan: Plan, task: Task) -> Iterator[str]:
     """The blocks that FSDP wraps, in the recipe's model."""
-    settings = plan.topology.get("fsdp_config", {})
+    settings = plan.section("fsdp")
     if settings.get("fsdp_auto_wrap_policy") == "TRANSFORMER_BASED_WRAP" and plan.kind in plan.takes:
         there = {type(module).__name__ for module in network(plan, task).modules()}
         key = "fsdp_transformer_layer_cls_to_wrap"
@@ -611,10 +629,10 @@ def memory(plan: Plan) -> Iterator[str]:
     """Of a GPU, estimated for the first task; what to change where it is too little."""
     task, giga = plan.tasks[0], 2**30
     totals, config = memory_of(plan, task), task.config
-    settings = plan.topology.get("fsdp_config", {})
+    settings = plan.section("fsdp")
     recompute = bool(getattr(config, "activation_checkpointing", settings.get("fsdp_activation_checkpointing")))
     # CUDA and NCCL take one.
-    room = (0.98 * (32 if "32g" in plan.option("constraint") else plan.facts.memory) - 1) * giga
+    room = (0.98 * plan.gigabytes - 1) * giga
     parts = totals(1, recompute)
     most = parts.pop("total")
     line = " + ".join(f"{value / giga:.1f} {name}" for name, value in parts.items())
@@ -646,7 +664,7 @@ def memory_of(plan: Plan, task: Task):
         module.recompute = False  # --activation_checkpointing; its bytes follow from the whole ones
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     half = plan.precision[0] != "no"
-    yaml = plan.topology.get("deepspeed_config", {}) | plan.topology.get("fsdp_config", {})
+    yaml = plan.section("deepspeed") | plan.section("fsdp")
     saved = estimate.activations(model, config.image_size, half)
     if getattr(config, "sequence_parallel", False):
         saved = saved._replace(split=saved.block)
@@ -689,14 +707,14 @@ def report(plan: Plan, task: Task) -> list[str]:
     given = {word.split("=")[0].replace("--no_", "--") for word in task.words}
 
     def flags(*names: str) -> str:
-        origins = [(task.name or "command line") if f"--{name}" in given else f"{plan.recipe.name}" for name in names]
+        origins = [(task.name or "command line") if f"--{name}" in given else plan.recipe.name for name in names]
         return ", ".join(dict.fromkeys(origins))
 
     def option(name: str, default: str) -> tuple[str, str, str]:
         return name, *plan.options.get(name, (default, "default"))
 
     rows = [
-        ("machine", f"{plan.machine}, {plan.facts.gpus} GPUs of {plan.facts.memory} GB a node", "command line"),
+        ("machine", f"{plan.machine}, {plan.facts.gpus} GPUs of {plan.gigabytes} GB a node", "command line"),
         ("strategy", plan.strategy, "command line"),
         ("recipe", str(plan.recipe), "command line"),
         option("nodes", "1"),
@@ -712,11 +730,10 @@ def report(plan: Plan, task: Task) -> list[str]:
         config, run = task.config, task.run_config
         batch, steps = config.global_batch_size, config.gradient_accumulation_steps
         product = f"{size} (data-parallel) x {plan.images(task)} (images) x {steps} (accumulation)"
-        saves = "run.save(" in plan.recipe.read_text()
-        every = {"epoch": "each epoch"}.get(run.checkpointing_steps, f"each {run.checkpointing_steps} steps")
+        every = "" if run.checkpointing_steps == "epoch" else f"each {run.checkpointing_steps} steps and "
         rows += [
             ("batch", f"{batch} = {product}", flags("global_batch_size", "gradient_accumulation_steps")),
-            ("checkpoints", every if saves else "none", flags("checkpointing_steps") if saves else plan.recipe.name),
+            ("checkpoints", f"{every}each epoch" if saves(plan) else "none", flags("checkpointing_steps")),
             ("output", str(output(plan, task)), flags("output_dir") if run.output_dir else "hash of all values"),
         ]
     rows.append(option("time", "unknown" if in_job() else "00:10:00"))
@@ -724,27 +741,34 @@ def report(plan: Plan, task: Task) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows]
     if len(plan.tasks) > 1:
-        lines.append(f"So does each of {len(plan.tasks)} lines: from {task.name} to {plan.tasks[-1].name}.")
+        lines.append(f"This is {task.name}; all {len(plan.tasks)} lines of the array are sound.")
     return [*lines, crash_cost(plan, task)]
 
 
 def crash_cost(plan: Plan, task: Task) -> str:
-    """Of a crash just before a checkpoint."""
-    hours, job = plan.seconds / 3600 * plan.world_size, "the job's GPU-hours"
-    if plan.seconds < float("inf"):
-        job = f"the job's {hours:,.1f} GPU-hours"
-    if not task.run_config or "run.save(" not in plan.recipe.read_text():
-        return f"A crash costs all that was done, at most {job}: there are no checkpoints."
-    every, epochs, steps = task.run_config.checkpointing_steps, task.config.epochs, steps_per_epoch(plan, task)
-    total = steps and min(steps * epochs, task.run_config.max_steps or steps * epochs)
-    what = f"{steps or 'the'} steps of an epoch" if every == "epoch" else f"{every} steps"
-    between = (steps if every == "epoch" else int(every)) if total else None
-    share = min(1, between / total) if total else 1 / epochs if every == "epoch" else None
-    line = f"A crash between checkpoints costs at most {what}, "
-    if share is None:
-        return line + f"a share that is not known before the images are counted; never more than {job}."
-    cost = f": {share * hours:,.2f} GPU-hours if the run fills the job" if plan.seconds < float("inf") else ""
-    return line + f"{share:.1%} of the run{cost}; never more than {job}."
+    """Of a crash just before a checkpoint; the end of an epoch writes one too."""
+    run, config, hours = task.run_config, task.config, plan.seconds / 3600 * plan.world_size
+    known, limit = (
+        hours < math.inf,
+        f"; never more than the job's {hours:,.1f} GPU-hours." if hours < math.inf else ".",
+    )
+    if not saves(plan):
+        return f"There are no checkpoints: a crash costs all that was done{limit}"
+    steps, every = steps_per_epoch(plan, task), run.checkpointing_steps
+    numbers = [number for number in (steps, None if every == "epoch" else int(every)) if number]
+    what = f"{min(numbers)} steps" if numbers else ""
+    what = what if steps else f"{what} or an epoch".removeprefix(" or ")
+    if not steps and run.max_steps:
+        return f"A crash between checkpoints costs at most {what}; the images are not counted yet{limit}"
+    total = min(steps * config.epochs, run.max_steps or math.inf) if steps else config.epochs
+    share = min(1, (min(numbers) if steps else 1) / total)
+    cost = f" ({share * hours:,.2f} GPU-hours if the run fills the job)" * known
+    return f"A crash between checkpoints costs at most {what}, {share:.1%} of the run{cost}{limit}"
+
+
+def saves(plan: Plan) -> bool:
+    """Whether the recipe writes checkpoints."""
+    return "run.save(" in plan.recipe.read_text()
 
 
 if __name__ == "__main__":
