@@ -304,7 +304,7 @@ def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
 )
 def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(tmp_path, script, flags):
     """In a copy of the project, whose results folder is its own."""
-    for name in ("benchmarks", "recipes", "accelerate_configs", "shared"):
+    for name in ("benchmarks", "recipes", "accelerate_configs", "shared", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     shutil.rmtree(tmp_path / "benchmarks/results")
     launcher = launch_command(num_processes=2) if script == "allreduce" else []
