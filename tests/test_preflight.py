@@ -289,7 +289,7 @@ def test_several_problems_come_at_once(run):
 def test_checks_that_rest_on_hearsay_can_be_left_out(run, monkeypatch):
     command = f"h100 ddp --qos=qos_new {VIT}"
     assert run(command).status == 1
-    monkeypatch.setenv("PREFLIGHT_SKIP", "limits,quotas")
+    monkeypatch.setenv("RECIPES_PREFLIGHT_SKIP", "limits,quotas")
     assert run(command).rows["qos"] == ("qos_new", "command line")
 
 

@@ -11,8 +11,8 @@ of slurm/MACHINE.slurm, accelerate_configs/MACHINE_STRATEGY.yaml, the recipe's f
 a line of FILE for each task of an array. --memory estimates the bytes per GPU too. Exits with 1 and a line
 `error: <what>. <remedy>` for each problem.
 
-PREFLIGHT_SKIP=accounts,limits,caches,versions,quotas leaves those checks out: they rest on what users of Jean Zay
-wrote down, and on this machine.
+RECIPES_PREFLIGHT_SKIP=accounts,limits,caches,versions,quotas leaves those checks out: they rest on what users of Jean
+Zay wrote down, and on this machine.
 """
 
 import argparse
@@ -195,7 +195,7 @@ class Plan:
 def main(words: list[str]) -> int:
     """Print the job, or every problem that it has; the exit status."""
     plan, problems = read_command(words)
-    skipped = os.environ.get("PREFLIGHT_SKIP", "").split(",")
+    skipped = os.environ.get("RECIPES_PREFLIGHT_SKIP", "").split(",")
     optional = [check for check in (accounts, limits, caches, versions, quotas) if check.__name__ not in skipped]
     for check in [] if problems else [topology, read_recipe, read_tasks, tasks, *optional]:
         problems += check(plan)
@@ -321,7 +321,7 @@ def limits(plan: Plan) -> Iterator[str]:
     """Time and GPUs of the partition and the QoS."""
     facts, name, time, hours = plan.facts, plan.option("qos"), plan.option("time"), plan.seconds / 3600
     names = {facts.qos + level: QOS[level] for level in QOS if (plan.machine, level) != ("a100", "t4")}
-    out_of_date = "or PREFLIGHT_SKIP=limits where this is out of date"
+    out_of_date = "or RECIPES_PREFLIGHT_SKIP=limits where this is out of date"
     if in_job():
         return
     if hours > facts.hours:
