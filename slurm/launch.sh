@@ -159,8 +159,9 @@ PYTHON
 on_node() {
     local trapped launcher
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
-    trap 'trapped=1; kill -TERM "$launcher"' TERM
-    # In a group of its own too: one SIGTERM is enough, a second one would end the launcher before its workers.
+    trap 'trapped=1; trap "trapped=1" TERM; kill -TERM "$launcher"' TERM
+    # In a group of its own too, and told once: Slurm repeats SIGTERM, and the second one ends a launcher that waits for
+    # its workers to save.
     set -m
     (
         # The launcher would die of them; the training processes have handlers of their own.
@@ -186,7 +187,9 @@ wait_for() {
 conclude() {
     local status=$1 state reason
     read -r state reason < <(run_state) || true
-    if [[ ${ended:-} ]]; then
+    if [[ ${ended:-} && $state == interrupted && $(squeue -h -j "$job" -o %r) == TimeLimit ]]; then
+        requeue "the time limit"
+    elif [[ ${ended:-} ]]; then
         # scancel, or a lost node, after which Slurm requeues by itself.
         echo "ended by Slurm; the same command goes on from the last checkpoint"
     elif [[ $state == finished || $status == 0 && $state != interrupted ]]; then

@@ -52,8 +52,8 @@ class Jobs:
         assert text.count(observed) == 1
         self.recipe.write_text(text.replace(observed, f"{observed}            pace(run.step)\n"))
 
-    def submit(self, name: str, *options: str, flags: tuple = (), **variables: str) -> Job:
-        words = ["sbatch", *OPTIONS, *options, str(ROOT / "slurm/h100.slurm"), "ddp", self.recipe.name]
+    def submit(self, name: str, *options: str, flags: tuple = (), strategy: str = "ddp", **variables: str) -> Job:
+        words = ["sbatch", *OPTIONS, *options, str(ROOT / "slurm/h100.slurm"), strategy, self.recipe.name]
         variables = {**self.variables, "RECIPES_PREFLIGHT": "passed", **variables}
         return self.cluster.sbatch(*words, *self.flags(name), *flags, cwd=self.folder, **variables)
 
@@ -144,6 +144,14 @@ def test_ranks_follow_the_nodes(topologies, nodes):
 def test_taken_port_is_passed_over(topologies):
     launcher = topologies.jobs.result("2 nodes").config["launcher"]
     assert launcher["MASTER_PORT"] == str(topologies.port + 1)
+
+
+def test_hsdp_shards_inside_a_node(jobs, local):
+    jobs.submit("hsdp", "--nodes=2", strategy="hsdp", RECIPES_PROCESSES_PER_NODE="2").wait_completed()
+    config = jobs.result("hsdp").config
+    assert config["strategy"] == "hsdp"
+    assert config["launcher"]["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
+    assert jobs.result("hsdp").series("loss") == pytest.approx(local.series("loss"), rel=1e-4)
 
 
 def test_nothing_is_left_in_the_submit_folder(topologies):
