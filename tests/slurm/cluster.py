@@ -19,7 +19,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 GPUS = 8
 NODES = [f"r1i0n{number}" for number in range(4)]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
-MOST_SECONDS = 240  # that a test waits for one event
+MOST_SECONDS = 300  # that a test waits for one event
 
 # OverTimeLimit: minutes after its limit until Slurm kills a job; starting one takes half a minute on a busy machine.
 # Each node has every feature, 96 cores and 8 GPUs, so that four of them serve the jobs of all machines.
