@@ -11,39 +11,46 @@ process's. `algorithm` is bytes over time; `bus` is what each process's link car
 Prints a table and writes benchmarks/results/allreduce_<hardware>_<date>.json.
 """
 
-import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from report import median_and_spread, table, write
+from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator
+from shared.config import UserError, parse
 
 MIB = 2**20
 BUCKET_BYTES = 25 * MIB  # DDP's default
 GRADIENTS = {"ResNet-50": 25_557_032, "ViT-B/16": 86_567_656}  # parameters, in fp32
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=int, default=256, help="message, MiB; from 4 KiB on by factors of 4")
-    parser.add_argument("--rounds", type=int, default=10, help="of each size, after one that warms up")
-    arguments = parser.parse_args()
-    accelerator = build_accelerator(0, SimpleNamespace(gradient_accumulation_steps=1))
+@dataclass
+class Config:
+    """What is sent."""
+
+    largest: int = HfArg(default=256, help="message, MiB; from 4 KiB on by factors of 4")
+    rounds: int = HfArg(default=10, help="of each size, after one that warms up")
+    gradient_accumulation_steps = 1  # no flag: build_accelerator wants to know, and nothing is trained here
+
+
+def main(config: Config) -> None:
+    if config.largest < 1 or config.rounds < 1:
+        raise UserError("--largest and --rounds must be at least 1. Change them.")
+    accelerator = build_accelerator(0, config)
     if accelerator.num_processes < 2:
-        sys.exit("error: one process has nothing to reduce with. Give --num_processes 2 or more.")
-    sizes = [size for size in (4096 * 4**power for power in range(20)) if size <= arguments.largest * MIB]
+        raise UserError("one process has nothing to reduce with. Give --num_processes 2 or more.")
+    sizes = [size for size in (4096 * 4**power for power in range(20)) if size <= config.largest * MIB]
     messages = {f"{size // MIB} MiB" if size >= MIB else f"{size // 1024} KiB": [size] for size in sizes}
     messages |= {f"gradients of {name}": buckets(4 * count) for name, count in GRADIENTS.items()}
     times = {name: [] for name in messages}
     buffer = torch.zeros(max(map(max, messages.values())) // 4, device=accelerator.device)
-    for _ in range(1 + arguments.rounds):
+    for _ in range(1 + config.rounds):
         for name, parts in messages.items():
             times[name].append(slowest(accelerator, lambda parts=parts: reduce(buffer, parts)))
     rows = [row(name, sum(parts), times[name][1:], accelerator.num_processes) for name, parts in messages.items()]
@@ -96,4 +103,4 @@ def report(rows: list[dict], accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*parse(Config))
