@@ -3,16 +3,19 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
-from conftest import ROOT, launch_command, python
+from conftest import ROOT, environment, launch_command, python
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -197,16 +200,23 @@ def test_local_cpu_hides_the_gpus_from_two_processes(tmp_path):
 # README
 
 
-def commands() -> list[str]:
-    """Every line of the README's shell blocks, continuation lines joined."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+def commands(document: str = README) -> list[str]:
+    """Every line of its shell blocks, continuation lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", document, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 DEMO = "accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py"  # the `demo` fixture's
+JOBS = ("slurm/submit.sh ", "python tools/preflight.py ")
 RECIPE_COMMANDS = [
-    line for line in commands() if "recipes/" in line and not line.startswith(("cp ", "diff ")) and line != DEMO
+    line for line in commands() if "recipes/" in line and not line.startswith(("cp ", "diff ", *JOBS)) and line != DEMO
+]
+# Those of the page on Jean Zay that need no data of that machine too.
+JOB_COMMANDS = [
+    line
+    for line in [*commands(), *commands((ROOT / "docs/jean_zay.md").read_text())]
+    if line.startswith(JOBS) and not set("$@") & set(line.partition(" -- ")[2]) and not line.endswith("...")
 ]
 SMOKE_FORM = "--max_steps 1 --epochs 1 --data digits --image_size 32 --global_batch_size 64 --num_workers 1"
 SMALL = {"resnet": " --model resnet18 --compile False", "vit": " --model demo --patch_size 8"}
@@ -224,9 +234,21 @@ def test_each_recipe_command_of_the_readme_runs(line, tmp_path):
     assert (tmp_path / "run/summary.json").exists() or not small
 
 
+def test_each_job_command_passes_the_preflight():
+    assert len(JOB_COMMANDS) >= 4
+    for line in JOB_COMMANDS:
+        line = line.replace(" -- ", " --dry_run -- ") if line.startswith("slurm/") else line
+        words = shlex.split(line)
+        words = [sys.executable if word == "python" else word for word in words]
+        variables = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        process = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+        assert process.returncode == 0, process.stderr
+        assert re.search(r"^world size +\d+", process.stdout, re.M)
+
+
 def test_each_other_command_of_the_readme_is_one_that_exists():
     targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
-    others = [line for line in commands() if line not in (*RECIPE_COMMANDS, DEMO)]
+    others = [line for line in commands() if line not in (*RECIPE_COMMANDS, *JOB_COMMANDS, DEMO)]
     assert {"make demo", "make test", "make smoke"} <= set(others)
     assert DEMO in commands()
     assert f"DEMO := {DEMO}\n" in (ROOT / "Makefile").read_text()
