@@ -92,7 +92,9 @@ def kill_often(
             break
         counts[f"{victim} at {at}"] += 1
         say(f"{folder.name}: {victim} at {at}, after step {steps(folder)}")
-        broken = {path.name: damage(path) for path in checkpoints(folder / "checkpoints") if damage(path)}
+        found = {path: damage(path) for path in checkpoints(folder / "checkpoints")}
+        # The workers of a launcher that was killed still end: one that is gone by now was superfluous.
+        broken = {path.name: reason for path, reason in found.items() if reason and path.exists()}
         assert not broken, broken
     last = server.launch(words)
     assert last.returncode == 0, last.stdout

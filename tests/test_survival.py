@@ -324,9 +324,10 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(server: Server, data, who
 
 
 def fill(disk: Path) -> None:
-    """All but two million bytes: lines of metrics.jsonl have room, a checkpoint has not."""
-    free = os.statvfs(disk)
-    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - 2_000_000))
+    """All but two million bytes: lines of metrics.jsonl have room, a checkpoint has not. The run writes meanwhile."""
+    with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while (free := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 2_000_000) > 0:
+            filler.write(bytes(min(free, 1_000_000)))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(server: Server, data, tmp_path):
