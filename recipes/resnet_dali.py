@@ -130,7 +130,7 @@ class Dali:
         """A pipeline: encoded images and edges of crops in, pixels out."""
         from nvidia.dali import Pipeline, fn, types
 
-        device_id, decoder = (self.device.index, "mixed") if self.device.type == "cuda" else (None, "cpu")
+        device_id, decoder = (torch.cuda.current_device(), "mixed") if self.copied else (None, "cpu")
         pipeline = Pipeline(batch_size, self.num_threads, device_id, exec_pipelined=False, exec_async=False)
         with pipeline:
             jpegs, starts, ends = (fn.external_source(name=name, ndim=1) for name in FED)

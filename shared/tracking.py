@@ -301,7 +301,8 @@ class Run:
         without a message. Ends the run with UserError, or returns False under `--on_nonfinite skip`. Under fp16 True:
         the gradient scaler skips such a step itself, and looks for a smaller scale; there only the loss tells.
         """
-        values = torch.stack([*self.losses, _whole(grad_norm).reshape(())])
+        norm = _whole(grad_norm).to(self.losses[0].device)  # DeepSpeed's lies on the host
+        values = torch.stack([*self.losses, norm.reshape(())])
         *losses, norm = values.isfinite().tolist()  # waits for the device, once a step
         if not all(losses) and (norm or mixed_precision() == "fp16"):
             self.interruption.note("nonfinite")  # this process alone knows it
