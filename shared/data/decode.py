@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded image and crop in, pixels of the network's size out; as little as possible is decoded, moved or allocated.
 
-JPEGs go through libjpeg-turbo, by nvImageCodec where it is installed, which decodes the rows and columns of the crop
-alone and stops below it (on the CPU, whatever its name says), else by simplejpeg. All else goes through PIL, which
-reads JPEGs too where both are missing, more slowly. The pixels are the same: all three carry that library.
+JPEGs go through libjpeg-turbo, which decodes the rows and columns of the crop alone and stops below it: by crop_jpeg.c
+where it can be compiled, which also resizes, else by nvImageCodec where it is installed (on the CPU, whatever its name
+says). Where neither can, simplejpeg decodes the whole image. All else goes through PIL, which reads JPEGs too where
+all are missing, more slowly. The pixels are the same: all four use that library.
 """
 
 import os
@@ -18,6 +19,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from .native import load
+
 try:
     import simplejpeg
 except ImportError:
@@ -26,6 +29,7 @@ try:
     from nvidia import nvimgcodec
 except ImportError:
     nvimgcodec = None
+native = load()  # here, so that worker processes are forked with it
 
 END_OF_IMAGE = b"\xff\xd9"
 # A marker that has no place in compressed data: something else was written over a part of the file.
@@ -53,6 +57,8 @@ def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> boo
 
     Raises ValueError or OSError, with the reason, where the image cannot be decoded to its end.
     """
+    if native and isinstance(image, bytes) and (crop := _crop_natively(image, view, seed, out)):
+        return crop.mirrored
     if isinstance(image, np.ndarray):
         crop = view(image.shape[1], image.shape[0], seed)
         pixels = image
@@ -74,17 +80,36 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     _refuse_bomb(width, height)
-    turned = image.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(Image.open(BytesIO(image))) != 1
-    return None if turned or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
+    return None if _is_turned(image) or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
+
+
+def _is_turned(jpeg: bytes) -> bool:
+    return jpeg.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(Image.open(BytesIO(jpeg))) != 1
 
 
 def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
     """The divisor 1, 2, 4 or 8 by which a decoder may shrink an image whose crop is to fill `size` pixels, and the
     crop with its edges at multiples of it, or at the image's."""
     least = min(crop.right - crop.left, crop.bottom - crop.top) // size
-    scale = next((scale for scale in (8, 4, 2) if least >= scale), 1)
+    if least < 2:
+        return crop, 1
+    scale = next(scale for scale in (8, 4, 2) if least >= scale)
     left, top, right, bottom = (round(edge / scale) * scale for edge in crop[:4])
     return Crop(left, top, min(right, width), min(bottom, height), crop.mirrored), scale
+
+
+def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | None:
+    """Into out, by crop_jpeg.c; None, and then out holds nothing of use, where it leaves the image to others."""
+    assert out.is_contiguous()
+    if not (shape := native.jpeg_size(image, len(image))):
+        return None
+    width, height, size = shape >> 16, shape & 0xFFFF, out.shape[0]
+    _refuse_bomb(width, height)
+    if _is_turned(image):
+        return None
+    crop, scale = scaled(view(width, height, seed), size, width, height)
+    box = crop[:4] if scale == 1 else (-(-edge // scale) for edge in crop[:4])
+    return None if native.crop_jpeg(image, len(image), *box, scale, size, out.data_ptr()) else crop
 
 
 def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""crop_jpeg.c as a library, which this machine's C compiler makes at the first use, in about a second."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from .index import cache_folder
+
+MULTIARCH = f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}"  # Debian's, of what depends on the machine
+SOURCE = Path(__file__).with_name("crop_jpeg.c")
+OPTIONS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # fused products would round the weights otherwise
+
+
+def load() -> ctypes.CDLL | None:
+    """The library, from the cache of `$SCRATCH` or of the user; None where no C compiler or no libjpeg-turbo with its
+    headers is installed. Says in one line why what could be made was not."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    headers = next((folder for folder in _include_folders() if (folder / "jpeglib.h").exists()), None)
+    if sys.platform not in ("linux", "darwin") or headers is None or not shutil.which(compiler[0]):
+        return None
+    try:
+        path = cache_folder() / f"crop_jpeg-{_key(headers)}.so"
+        if not path.exists() or path.stat().st_uid != os.getuid():  # what another user put there is not run
+            _compile(compiler, headers, path)
+        return _declared(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        if "ABSENT" not in str(error):
+            print(f"JPEGs will be decoded more slowly, without {SOURCE.name}: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def _include_folders() -> list[Path]:
+    named = [os.environ.get(variable, "") for variable in ("CPATH", "C_INCLUDE_PATH")]
+    prefixes = [sys.prefix, os.environ.get("CONDA_PREFIX", ""), "/opt/homebrew", "/usr/local", "/usr"]
+    system = [f"{prefix}/include" for prefix in prefixes if prefix]
+    return [Path(name) for name in (*":".join(named).split(":"), *system, MULTIARCH) if name]
+
+
+def _key(headers: Path) -> str:
+    """Of all that decides what the compiler makes: machines that differ may share the cache."""
+    configurations = (folder / "jconfig.h" for folder in (headers, Path(MULTIARCH)))  # the version and its options
+    library = next((path.read_bytes() for path in configurations if path.exists()), b"")
+    words = [platform.machine(), sys.platform, str(headers), *OPTIONS]
+    parts = [SOURCE.read_bytes(), library, *map(os.fsencode, words)]
+    return hashlib.blake2b(b"\0".join(parts), digest_size=12).hexdigest()
+
+
+def _compile(compiler: list[str], headers: Path, path: Path) -> None:
+    """Complete or absent: written beside, then renamed, whoever else does the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    command = [*compiler, *OPTIONS, str(SOURCE), "-o", str(partial), "-ljpeg"]
+    if not headers.is_relative_to("/usr/include"):  # which compiler and linker know
+        places = [headers.parent / name for name in ("lib", "lib64")]
+        command += [f"-I{headers}", *(word for place in places for word in (f"-L{place}", f"-Wl,-rpath,{place}"))]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        if process.returncode:
+            lines = process.stderr.splitlines()
+            raise OSError(next((line for line in lines if "error" in line), f"{compiler[0]} failed"))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    image = [ctypes.c_char_p, ctypes.c_size_t]
+    library.jpeg_size.argtypes, library.jpeg_size.restype = image, ctypes.c_uint32
+    library.crop_jpeg.argtypes = [*image, *[ctypes.c_int] * 6, ctypes.c_void_p]
+    return library
