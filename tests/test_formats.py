@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -294,6 +296,44 @@ def test_one_pixel_and_very_large_images():
     small = photo.crop(middle(*photo.size, 0)[:4]).resize((48, 48), Image.Resampling.BILINEAR)
     # Scaled by 1/8 within the decoder, which averages a little otherwise.
     assert np.abs(rendered(large.getvalue()) - np.asarray(small)).mean() < 3
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more, before its end."""
+    image = photograph(3, "PNG")
+    return image[:-12] + chunk(kind, data) + image[-12:]
+
+
+def with_text_for_a_number() -> bytes:
+    """A JPEG that Exif turns, and whose Compression is a text."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0103] = 6, 6
+    image = photograph(3, exif=exif)
+    place = image.index(b"\x01\x03", image.index(b"Exif"))
+    return image[: place + 3] + b"\x02" + image[place + 4 :]
+
+
+BOMB = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + BOMB, "decompression bomb"),
+        (with_chunk(b"eXIf", b"XX"), "SyntaxError: not a TIFF file"),
+        (with_chunk(b"eXIf", b"MM\0*\0\0"), "PIL cannot read it: "),
+        (with_text_for_a_number(), "required argument is not an integer"),
+    ],
+    ids=["bomb", "header", "cut", "kind"],
+)
+def test_whatever_pil_raises_is_a_torn_image(image, words):
+    with pytest.raises(ValueError, match=words):
+        rendered(image)
 
 
 # Packing

@@ -6,10 +6,11 @@ alone and stops below it (on the CPU, whatever its name says), else by simplejpe
 reads JPEGs too where both are missing, more slowly. The pixels are the same: all three carry that library.
 """
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     _refuse_bomb(width, height)
-    turned = image.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(Image.open(BytesIO(image))) != 1
+    turned = image.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(image) != 1
     return None if turned or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
 
 
@@ -124,17 +125,29 @@ def intact(image: bytes) -> bool:
 
 def _decode_any(image: bytes) -> np.ndarray:
     """By PIL: upright, RGB, all of it."""
-    try:
-        file = Image.open(BytesIO(image))
-    except Image.UnidentifiedImageError:
-        raise ValueError("it is no image that PIL knows") from None  # PIL's own words have an address in memory
-    with file:
-        _refuse_bomb(*file.size)
+    with opened(image) as file:
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _orientation(image: bytes) -> int:
+    with opened(image) as file:
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+@contextlib.contextmanager
+def opened(image: bytes) -> Iterator[Image.Image]:
+    """By PIL, whose readers raise errors of any kind on damaged files, here and when they decode within the block: each
+    becomes a ValueError with its reason."""
+    try:
+        with Image.open(BytesIO(image)) as file:
+            _refuse_bomb(*file.size)
+            yield file
+    except Image.UnidentifiedImageError:
+        raise ValueError("it is no image that PIL knows") from None  # PIL's own words have an address in memory
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"PIL cannot read it: {type(error).__name__}: {error}") from error
 
 
 def _refuse_bomb(width: int, height: int) -> None:
