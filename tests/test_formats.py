@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,18 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from shared.config import UserError
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.data import (
+    EvaluationOrder,
+    Loader,
+    TrainingOrder,
+    Views,
+    evaluation_view,
+    open_data,
+    storage,
+    training_view,
+)
 from shared.data.decode import Crop, render
+from shared.data.index import Index
 
 FORMATS = ("tar", "parquet", "folder")
 PACK = ROOT / "tools/pack.py"
@@ -133,6 +144,22 @@ def test_shards_and_parquet_of_other_programs_are_read(tmp_path):
         sink.write({"__key__": "a", "pyd": [1, 2]})
     with pytest.raises(UserError, match="pickle"):
         open_data(str(tmp_path / "wds"), 0, 0)
+
+
+def test_threads_read_of_more_shards_than_may_be_open(tmp_path, monkeypatch):
+    """And of each what it holds, while other threads drop it."""
+    monkeypatch.setattr(storage, "open_shards", lambda: 3)
+    for shard in range(60):
+        (tmp_path / f"{shard}.tar").write_bytes(shard.to_bytes(1) * 5000)
+    numbers = np.arange(60)
+    names, shards = numbers.astype("S"), [f"{shard}.tar" for shard in numbers]
+    index = Index(names, numbers, [*map(str, numbers)], shards, numbers, 0 * numbers, 0 * numbers + 5000)
+    images, draws = storage.Members(str(tmp_path), index), np.random.default_rng(0).integers(0, 60, 6000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(images.__getitem__, draws))
+    assert all(data == number.to_bytes(1) * 5000 for data, number in zip(read, draws, strict=True))
+    assert len(images.files) <= 3 + 8
+    assert storage.limits()[0] >= 4 * 641 or storage.limits()[1] < 4 * 641  # ImageNet's shards may all be open
 
 
 # Torn data
@@ -318,7 +345,9 @@ def with_text_for_a_number() -> bytes:
     return image[: place + 3] + b"\x02" + image[place + 4 :]
 
 
-BOMB = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+BOMB = (
+    chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+)
 
 
 @pytest.mark.parametrize(

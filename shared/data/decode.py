@@ -136,7 +136,7 @@ def _orientation(image: bytes) -> int:
 
 @contextlib.contextmanager
 def opened(image: bytes) -> Iterator[Image.Image]:
-    """By PIL, whose readers raise errors of any kind on damaged files, here and when they decode within the block: each
+    """By PIL, whose readers raise errors of any kind on damaged files, here and as they decode within the block: each
     becomes a ValueError with its reason."""
     try:
         with Image.open(BytesIO(image)) as file:
