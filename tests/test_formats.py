@@ -3,6 +3,7 @@
 and replaced alike everywhere."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, python
+from conftest import ROOT, environment, launch_command, python
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -140,10 +142,105 @@ def test_shards_and_parquet_of_other_programs_are_read(tmp_path):
     torn = [name for batch in loaders(tmp_path / "wds", batch=101)[0] for name in batch.torn]
     assert len(torn) == 1
     assert "names no class" in torn[0]
-    with write(str(tmp_path / "wds/train/z-%03d.tar")) as sink:
-        sink.write({"__key__": "a", "pyd": [1, 2]})
-    with pytest.raises(UserError, match="pickle"):
-        open_data(str(tmp_path / "wds"), 0, 0)
+    for kind in ("pyd", "input.pyd"):  # the second: Jean Zay's shards of ImageNet
+        with write(str(tmp_path / "wds/train/z-%03d.tar")) as sink:
+            sink.write({"__key__": "a", kind: [1, 2]})
+        with pytest.raises(UserError, match=f"a.{kind}, a pickle.*Pack the images anew"):
+            open_data(str(tmp_path / "wds"), 0, 0)
+
+
+@pytest.mark.parametrize(("label", "words"), [(9876543210, "z-000.tar: a has the class 9876543210"), (5000, "5000")])
+def test_a_stray_label_of_foreign_shards_is_refused(tmp_path, label, words):
+    """Where the classes come from the labels themselves, the network would have an output for each number."""
+    for part in ("train", "val"):
+        foreign_shard(tmp_path / part / "a-000.tar", {f"{number:02d}": number % 10 for number in range(50)})
+    assert len(open_data(str(tmp_path), 0, 0)[0].classes) == 10
+    foreign_shard(tmp_path / "train/z-000.tar", {"a": label})
+    with pytest.raises(UserError, match=words):
+        open_data(str(tmp_path), 0, 0)
+    with pytest.raises(UserError, match=words):
+        open_data(str(tmp_path / "train"), 0.1, 0)
+
+
+def foreign_shard(path: Path, labels: dict[str, int], image: bytes = b"") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, label in labels.items():
+            for name, data in ((f"{key}.jpg", image), (f"{key}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_labels_of_parquet_that_name_no_class_are_torn(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"bytes": photograph(number), "path": None} for number in range(6)]
+    table = pa.table({"image": images, "label": [0, 1, 2, None, -1, 1]}, schema=features.arrow_schema)
+    for part in ("train", "val"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        pq.write_table(table, tmp_path / "data" / part / "0.parquet")
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = importlib.import_module("resnet_hf_datasets")
+    for name, opened in (("open_data", open_data), ("recipe", recipe.open_data)):
+        train, _ = opened(str(tmp_path / "data"), 0, 0, 0)
+        assert train.labels.tolist() == [0, 1, -1, -1, -1, 1], name
+    torn = [name for batch in loaders(tmp_path / "data", batch=6)[0] for name in batch.torn]
+    assert sorted(name.split(": ", 1)[1] for name in torn) == [
+        f"row {row}: it has no label, or one that names no class" for row in (2, 3, 4)
+    ]
+
+
+def test_a_changed_shard_is_listed_anew(tmp_path):
+    """Though its time of change is not the newest."""
+    for name in ("a", "b"):
+        foreign_shard(tmp_path / f"data/{name}.tar", {f"{name}{key}": key for key in range(4)})
+    os.utime(tmp_path / "data/b.tar", (2e9, 2e9))
+    first, _ = open_data(str(tmp_path / "data"), 0.3, 0)
+    kept = list(Path(os.environ["SCRATCH"]).rglob("*.safetensors"))
+    assert len(open_data(str(tmp_path / "data"), 0.3, 0)[0]) == len(first)
+    assert list(Path(os.environ["SCRATCH"]).rglob("*.safetensors")) == kept
+    foreign_shard(tmp_path / "data/a.tar", {f"a{key}": key for key in range(8)})
+    assert len(open_data(str(tmp_path / "data"), 0.3, 0)[0]) > len(first)
+
+
+CACHED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+rank = os.environ["RANK"]
+os.environ["SCRATCH"] = f"{sys.argv[2]}/cache-{rank}"  # of each process its own, as of each node
+from accelerate import PartialState
+from shared.config import UserError
+from shared.data import index, open_data
+PartialState(cpu=True)
+index.PATIENCE = 0
+for data in ("bad", "good"):
+    try:
+        train, _ = open_data(f"{sys.argv[2]}/{data}", 0.0, 0)
+        print(f"{rank} has {len(train)}", flush=True)
+    except UserError as error:
+        print(f"{rank} cannot: {error}", flush=True)
+PartialState().destroy_process_group()
+"""
+
+
+def test_no_process_waits_for_an_index_that_never_comes(tmp_path):
+    """Rank 0 fails; then it succeeds, into a cache that the other one does not see."""
+    for part in ("train", "val"):
+        foreign_shard(tmp_path / "good" / part / "a.tar", {f"{key}": key % 2 for key in range(7)})
+        foreign_shard(tmp_path / "bad" / part / "a.tar", {f"{key}": 9876543210 for key in range(7)})
+    (tmp_path / "script.py").write_text(CACHED)
+    process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path, timeout=100)
+    assert process.returncode == 0, process.stderr
+    lines = sorted(process.stdout.splitlines())
+    assert [line.split(": ")[0] for line in lines] == ["0 cannot", "0 has 7", "1 cannot", "1 has 7"]
+    assert lines[0][1:] == lines[2][1:]
+    assert "9876543210" in lines[0]
+    assert [len(list((tmp_path / f"cache-{rank}").rglob("*.safetensors"))) for rank in (0, 1)] == [2, 2]
 
 
 def test_threads_read_of_more_shards_than_may_be_open(tmp_path, monkeypatch):
@@ -250,9 +347,13 @@ def test_a_shard_that_was_cut_off(tmp_path, capfd):
     assert lost.sum() - 29 <= len(torn) <= lost.sum() + 1  # the last 29 of the epoch are not drawn
     assert all("000001.tar" in name and "too early" in name for name in torn)
     (tmp_path / "tar/train/index.safetensors").unlink()  # as another program's: what is cut off has no header
-    capfd.readouterr()
-    assert 0 <= len(open_data(str(tmp_path / "tar"), 0, 0)[0]) - (1437 - lost.sum()) <= 1
-    assert f"torn shard: {shard} was cut off" in capfd.readouterr().err
+    (tmp_path / "tar/train/000002.tar").write_bytes(b"")
+    (tmp_path / "tar/train/000003.tar").write_bytes(b"no header" * 1000)
+    for _ in range(2):  # the second time from the cache
+        capfd.readouterr()
+        assert 0 <= len(open_data(str(tmp_path / "tar"), 0, 0)[0]) - (1437 - lost.sum()) <= 1
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("torn shard: ")]
+        assert [line.split()[2] for line in said] == [str(shard.with_name(f"00000{n}.tar")) for n in (1, 2, 3)]
 
 
 def test_a_csv_whose_paths_climb_out(photographs):
