@@ -18,6 +18,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,11 +26,13 @@ import torch
 from conftest import ROOT, environment, launch_command, python
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
 
 from shared.config import UserError
 from shared.data import (
     EvaluationOrder,
     Loader,
+    Source,
     TrainingOrder,
     Views,
     evaluation_view,
@@ -39,6 +42,8 @@ from shared.data import (
 )
 from shared.data.decode import Crop, render
 from shared.data.index import Index
+from shared.data.loaders import worker_options
+from shared.metrics import Evaluation
 
 FORMATS = ("tar", "parquet", "folder")
 PACK = ROOT / "tools/pack.py"
@@ -319,19 +324,53 @@ def test_torn_images_are_named_and_replaced_alike_on_any_topology(photographs, c
 
 def test_a_run_names_torn_images_and_stops_above_a_share(photographs, tmp_path):
     tear(photographs / "train")
-    flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--epochs", "1"]
-    flags += ["--norm", "group", "--report_to", "none", "--logging_steps", "1", "--output_dir", tmp_path / "run"]
-    process = python(ROOT / "recipes/resnet.py", *flags)
+    flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--norm", "group"]
+    flags += ["--report_to", "none", "--output_dir", tmp_path / "run", "--epochs"]
+    # Its first line would come after the second epoch: it stops before the first one's evaluation.
+    process = python(ROOT / "recipes/resnet.py", *flags, "2", "--logging_steps", "100")
     assert process.returncode == 1
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
+    shutil.rmtree(tmp_path / "run")
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert "of 40 images cannot be decoded" in error
     assert "--max_torn" in error
-    process = python(ROOT / "recipes/resnet.py", *flags, "--max_torn", "0.2")
+    process = python(ROOT / "recipes/resnet.py", *flags, "1", "--logging_steps", "1", "--max_torn", "0.2")
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("torn image: ") == 5
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["torn"] for line in lines if "torn" in line][-1] == 5
     assert lines[-1]["eval_samples"] == 10
+
+
+def test_where_nothing_can_be_decoded_one_line_says_so(tmp_path, monkeypatch):
+    names = np.array([b"%d.jpg" % number for number in range(3000)])
+    nothing = Source(storage.Files(str(tmp_path), names), np.zeros(3000, dtype=np.int64), ["a", "b"])
+    monkeypatch.setattr(sys.modules[__name__], "open_data", lambda *_: (nothing, nothing))
+    for num_workers in (0, 1):  # a worker's comes with its traceback
+        with pytest.raises(UserError) as caught:
+            list(loaders("nothing", num_workers=num_workers)[0])
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"2000 images in a row cannot be decoded, such as {tmp_path}/")
+    evaluation = Evaluation()
+    for batch in loaders("nothing")[1]:
+        evaluation.add(torch.zeros(len(batch.labels), 2), batch.labels, batch.valid)
+    with pytest.raises(UserError, match="not one of 3000 held-out images can be decoded"):
+        evaluation.result(SimpleNamespace(mesh=None), 3000)
+
+
+@pytest.mark.parametrize("prefetch_factor", [1, 4])
+def test_a_batch_in_use_stays_what_it_is_while_others_are_made(prefetch_factor):
+    views = loaders("digits")[0].dataset
+    expected = [(batch.images.clone(), batch.labels) for batch in views_in(views, 0, prefetch_factor)]
+    for (images, labels), batch in zip(expected, views_in(views, 1, prefetch_factor), strict=True):
+        time.sleep(0.02)  # longer than the worker needs to fill what it may
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.labels, labels)
+
+
+def views_in(views: Views, num_workers: int, prefetch_factor: int) -> DataLoader:
+    options = worker_options(num_workers, torch.device("cpu"), prefetch_factor)
+    return DataLoader(views, batch_sampler=views.order, **options)
 
 
 def test_a_shard_that_was_cut_off(tmp_path, capfd):
