@@ -24,7 +24,7 @@ def scan(folder: Path, shards: list[Path]) -> Index:
     """The index of shards that another program wrote, by their headers and labels alone."""
     rows, torn = [], []
     for number, shard in enumerate(tqdm(shards, desc=f"index of {folder}", unit="shard", disable=None)):
-        if not complete(shard):
+        if not is_complete(shard):
             torn.append(f"{shard} was cut off, or is no tar: what it lost is unknown")
         rows += [(key, label, number, *place) for key, label, *place in members(shard)]
     if not rows:
@@ -75,7 +75,7 @@ def image_kind(kinds: Iterable[str]) -> str | None:
     return min(found, key=lambda kind: kind not in IMAGES, default=None)
 
 
-def complete(shard: Path) -> bool:
+def is_complete(shard: Path) -> bool:
     """Whether it ends as an archive does, with two empty blocks; tarfile does not mind where they lack."""
     with open(shard, "rb") as file:
         file.seek(max(0, shard.stat().st_size - 2 * BLOCK))
