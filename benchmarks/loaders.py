@@ -8,12 +8,14 @@
 It takes `--images` images of `--data` (all that resnet.py reads), stores them below `--work` as class folders, tar
 shards and parquet, and lets each loader make training batches of them: a random crop of 8 to 100 % of the area,
 resized to `--image_size`, mirrored half of the time. The loaders run in turn, round by round, each in a process of its
-own, its first epoch not counted, so files come from the page cache. `decode_only` is one core that decodes whole JPEGs
-by simplejpeg: the limit that the others' images_per_core_second may be held against. Ours and DALI give uint8, which
-is normalised (ours also mirrored) on the device; torchvision's reference way, timm, webdataset and datasets do all of
-it on the CPU, as their own examples do. Then a sweep over workers, prefetched batches and pinned memory, with a
-recommendation, and the memory of one worker over ten epochs. Writes
-benchmarks/results/loaders_<hardware>_<date>.json, and a chart beside it.
+own. Its first epoch is not counted, so that files come from the page cache; of ours that epoch is the row's
+cold_images_per_second: what the kernel held of the files is dropped before, and the workers have just started. A
+figure is the median of the rounds, its spread beside it; a loader that fails has its reason in its row. `decode_only`
+is one core that decodes whole JPEGs by simplejpeg: the limit that the others' images_per_core_second may be held
+against. Ours and DALI give uint8, which is normalised (ours also mirrored) on the device; torchvision's reference way,
+timm, webdataset and datasets do all of it on the CPU, as their own examples do. Then a sweep over workers, prefetched
+batches and pinned memory, in rounds too, with a recommendation, and the memory of one worker over twenty epochs.
+Writes benchmarks/results/loaders_<hardware>_<date>.json, and a chart beside it.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -44,11 +47,12 @@ import resnet_webdataset
 
 from shared.config import UserError
 from shared.data import Loader, TrainingOrder, Views, decode, open_data, training_view
-from shared.data.loaders import MEAN, STD, read_by_workers, worker_options
+from shared.data.loaders import MEAN, PREFETCH, STD, read_by_workers, worker_options
 from shared.data.streams import read_streams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+EPOCHS = 20  # over which a worker's memory is looked at
 Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
 STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
 
@@ -56,6 +60,8 @@ STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
 def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.work, prefix="loaders-") as folder:
         args.folder = Path(folder)
+        # Lists of shards and arrow files go where the images are, so that they are read from there, and removed.
+        os.environ |= {"SCRATCH": f"{folder}/lists", "HF_DATASETS_CACHE": f"{folder}/arrow"}
         stores = in_process(store, args)
         print(table(stores))
         contestants = [name for name in LOADERS if not args.loaders or name in args.loaders.split(",")]
@@ -64,15 +70,12 @@ def main(args: argparse.Namespace) -> None:
         for name in contestants:
             if not installed(name):
                 print(f"{name}: left out, {LOADERS[name][1]} is not installed (or there is no GPU)")
-        sweep, growth = [], None
+        sweep, more = [], {}
         if not args.loaders:
-            sweep, growth = sweep_options(args), in_process(worker_memory, args)
-            print(table(sweep), f"memory of one worker after each of ten epochs, MB: {growth}", sep="\n")
-        advice = recommendation(sweep)
-        print(advice)
-        path = write(
-            "loaders", rows, output=args.output, stores=stores, sweep=sweep, worker_megabytes=growth, advice=advice
-        )
+            sweep, more = sweep_options(args)
+            more |= {"worker_megabytes": in_process(worker_memory, args), "advice": recommendation(sweep)}
+            print(table(sweep), *(f"{name}: {value}" for name, value in more.items()), sep="\n")
+        path = write("loaders", rows, output=args.output, stores=stores, sweep=sweep, **more)
         chart(rows, sweep, (Path(args.output) if args.output else ROOT / path).with_suffix(".png"))
         print(path)
 
@@ -85,8 +88,9 @@ def images_of(args: argparse.Namespace) -> list[tuple[bytes, int]]:
     if args.data == "photographs":
         return list(photographs(args.images))
     source, _ = open_data(args.data, args.val_fraction, 0)
-    numbers = np.linspace(0, len(source) - 1, min(args.images, len(source))).astype(int).tolist()
-    return [(encoded(source.images[number]), int(source.labels[number])) for number in numbers]
+    numbers = np.linspace(0, len(source) - 1, min(args.images, len(source))).astype(int)
+    _, labels = np.unique(source.labels[numbers], return_inverse=True)  # few images may be of few of many classes
+    return [(encoded(source.images[n]), label) for n, label in zip(numbers.tolist(), labels.tolist(), strict=True)]
 
 
 def photographs(number: int) -> Iterator[tuple[bytes, int]]:
@@ -327,58 +331,98 @@ def installed(name: str) -> bool:
 
 
 def in_process(function: Callable, *arguments):
-    """What the function returns in a process of its own, which leaves no thread and no memory behind."""
+    """What the function returns in a process of its own, which leaves no thread and no memory behind.
+
+    Raises UserError, with the reason, where it fails there.
+    """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
     def target():
-        theirs.send(function(*arguments))
+        try:
+            theirs.send((function(*arguments), ""))
+        except Exception as error:
+            traceback.print_exc()
+            theirs.send((None, f"{type(error).__name__}: {error}".splitlines()[0]))
         os._exit(0)  # FFCV's threads may keep a process from ending
 
     process = context.Process(target=target)
     process.start()
     theirs.close()
     try:
-        return ours.recv()
+        result, reason = ours.recv()
     except EOFError:
-        raise UserError(f"{getattr(function, '__name__', function)} failed: see above") from None
-    finally:
-        process.join()
+        result, reason = None, "its process was ended"
+    process.join()
+    if reason:
+        raise UserError(reason)
+    return result
 
 
 def bake_off(names: list[str], args: argparse.Namespace) -> list[dict]:
-    seen = {name: [] for name in names}
-    for number in range(args.rounds):
-        for name in names:
-            print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
-            seen[name].append(in_process(measure, LOADERS[name][0], args))
-    rows = [
-        {"loader": name, "images_per_second": median_and_spread(run[0] for run in runs)}
-        | {
-            "images_per_core_second": median_and_spread(run[1] for run in runs),
-            "memory_bytes": max(run[2] for run in runs),
-        }
-        for name, runs in seen.items()
-    ]
-    limits = [row["images_per_core_second"]["median"] for row in rows if row["loader"] == "decode_only"]
-    for row in rows if limits else []:
-        row["of_decode_only"] = round(row["images_per_core_second"]["median"] / limits[0], 3)
+    rows = [{"loader": name, **measured(runs)} for name, runs in in_rounds(names, args).items()]
+    limits = [row["images_per_core_second"] for row in rows if row["loader"] == "decode_only"]
+    for row in rows if limits and limits[0] else []:
+        if row["images_per_core_second"]:
+            row["of_decode_only"] = round(row["images_per_core_second"] / limits[0], 3)
     return rows
 
 
-def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespace) -> tuple[float, float, int]:
+def in_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list[dict] | str]:
+    """Of each loader what every round measured; or why it failed, and was left out of the rounds after."""
+    seen = {name: [] for name in names}
+    for number in range(args.rounds):
+        for name in names:
+            if isinstance(seen[name], str):
+                continue
+            print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
+            try:
+                seen[name].append(in_process(measure, LOADERS[name][0], args, name.startswith("shared_")))
+            except UserError as error:
+                seen[name] = str(error)
+    return seen
+
+
+def measured(runs: list[dict] | str) -> dict:
+    """A row's figures: plain medians, each with the spread of its rounds beside it."""
+    if isinstance(runs, str):
+        return {"images_per_second": None, "images_per_core_second": None, "left_out": runs}
+    row = {}
+    for name in runs[0]:
+        spread = median_and_spread(run[name] for run in runs)
+        row |= {name: spread.pop("median"), f"{name}_spread": spread}
+    return row
+
+
+def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespace, cold: bool = False) -> dict:
     """Images a second, images a second of processor time, and bytes of memory that this process and its workers do not
-    share with others."""
+    share with others. cold: also images a second of the first epoch, from the disk."""
+    if cold:
+        drop_cache(args.folder)
     epoch = make(args)
-    for _ in epoch():
-        pass
+    begin = time.perf_counter()
+    first = sum(epoch()) / (time.perf_counter() - begin)
     images, processor, begin = 0, processor_seconds(), time.perf_counter()
     while time.perf_counter() - begin < args.seconds:
         images += sum(epoch())
         if ON_GPU:
             torch.cuda.synchronize()
     seconds, processor = time.perf_counter() - begin, processor_seconds() - processor
-    return images / seconds, images / processor, sum(process.memory_full_info().uss for process in family())
+    return {
+        "images_per_second": images / seconds,
+        "images_per_core_second": images / processor,
+        "memory_bytes": sum(process.memory_full_info().uss for process in family()),
+        **({"cold_images_per_second": first} if cold else {}),
+    }
+
+
+def drop_cache(folder: Path) -> None:
+    """Of the kernel: what it holds of these files in memory, once they are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def family() -> list[psutil.Process]:
@@ -389,50 +433,78 @@ def processor_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in family())
 
 
-def sweep_options(args: argparse.Namespace) -> list[dict]:
-    """The tar shards' loader with each number of workers, of batches that a worker prefetches, and pinned or not."""
-    most = max(cores(), args.num_workers)
-    rows = []
-    for workers in [count for count in (0, 1, 2, 4, 8, 16, 32, 64) if count <= most]:
-        for prefetch in (1, 2, 4) if workers else (None,):
-            for pinned in (False, True) if ON_GPU else (False,):
-                case = {"num_workers": workers, "prefetch_factor": prefetch, "pin_memory": pinned}
-                rate, _, memory = in_process(measure, partial(with_options, **case), args)
-                rows.append(case | {"images_per_second": round(rate, 1), "memory_bytes": memory})
-    return rows
+def sweep_options(args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """The tar shards' loader with each number of workers, of batches that a worker prefetches, and pinned or not; and
+    how much two workers bring over one."""
+    cases = sweep_cases(max(cores(), args.num_workers))
+    runs = [[] for _ in cases]
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}: the sweep", file=sys.stderr)
+        for case, seen in zip(cases, runs, strict=True):
+            seen.append(in_process(measure, partial(with_options, **case), args))
+    rows = [case | measured(seen) for case, seen in zip(cases, runs, strict=True)]
+    rates = {
+        case["num_workers"]: [run["images_per_second"] for run in seen]
+        for case, seen in zip(cases, runs, strict=True)
+        if as_a_recipe(case)
+    }
+    ratios = [two / one for two, one in zip(rates.get(2, []), rates[1], strict=False)]
+    return rows, {"two_workers_over_one": median_and_spread(ratios)} if ratios else {}
+
+
+def sweep_cases(most: int) -> list[dict]:
+    return [
+        {"num_workers": workers, "prefetch_factor": prefetch, "pin_memory": pinned}
+        for workers in (0, 1, 2, 4, 8, 16, 32, 64)
+        if workers <= most
+        for prefetch in ((1, 2, 4) if workers else (None,))
+        for pinned in ((False, True) if ON_GPU else (False,))
+    ]
+
+
+def as_a_recipe(case: dict) -> bool:
+    """Whether a recipe takes these options, of which --num_workers alone is a flag."""
+    return case["prefetch_factor"] in (None, PREFETCH) and case["pin_memory"] == ON_GPU
 
 
 def with_options(args: argparse.Namespace, **case) -> Epoch:
     views = training_views(args, "tar")
-    loader = Loader(views, DEVICE, case["num_workers"], read=partial(read_with, case=case))
+    loader = Loader(views, DEVICE, case["num_workers"], read=partial(read_with, **case))
     return partial(sizes, loader if ON_GPU else loader.batches)
 
 
-def read_with(views: Views, num_workers: int, device: torch.device, case: dict) -> DataLoader:
-    return DataLoader(views, batch_sampler=views.order, **worker_options(num_workers, device) | case)
+def read_with(
+    views: Views, workers: int, device: torch.device, num_workers: int, prefetch_factor: int | None, pin_memory: bool
+) -> DataLoader:
+    options = worker_options(num_workers, device, prefetch_factor or PREFETCH) | {"pin_memory": pin_memory}
+    return DataLoader(views, batch_sampler=views.order, **options)
 
 
 def recommendation(sweep: list[dict]) -> str:
-    if not sweep:
-        return ""
-    best = max(row["images_per_second"] for row in sweep)
-    enough = [row for row in sweep if row["images_per_second"] >= 0.95 * best]
-    least = min(enough, key=lambda row: (row["num_workers"], row["prefetch_factor"] or 0, row["pin_memory"]))
+    """The fewest workers that are nearly as good as any number, and whether other options would be better."""
+    recipes = [row for row in sweep if as_a_recipe(row)]
+    best = max(row["images_per_second"] for row in recipes)
+    least = min(
+        (row for row in recipes if row["images_per_second"] >= 0.95 * best), key=lambda row: row["num_workers"]
+    )
+    top = max(sweep, key=lambda row: row["images_per_second"])
     return (
-        f"Give --num_workers {least['num_workers']}: {least['images_per_second']:.0f} images/s with prefetch_factor "
-        f"{least['prefetch_factor']} and pin_memory {least['pin_memory']}, and nothing tried is over 5 % faster."
+        f"Give --num_workers {least['num_workers']}: {least['images_per_second']:.0f} images/s, no other number is "
+        f"over 5 % faster. (The most of all rows: {top['images_per_second']:.0f}, with {top['num_workers']} workers, "
+        f"prefetch_factor {top['prefetch_factor']} and pin_memory {top['pin_memory']}; the recipes take "
+        f"{PREFETCH} and {ON_GPU}.)"
     )
 
 
-def worker_memory(args: argparse.Namespace) -> list[float]:
-    """Megabytes of one worker's own after each of ten epochs."""
+def worker_memory(args: argparse.Namespace) -> dict:
+    """Megabytes of one worker's own after each of EPOCHS epochs."""
     args.num_workers = 1
     epoch, megabytes = ours(args, "tar"), []
-    for _ in range(10):
+    for _ in range(EPOCHS):
         for _ in epoch():
             pass
         megabytes.append(round(family()[1].memory_full_info().uss / 1e6, 1))
-    return megabytes
+    return {"first": megabytes[0], "last": megabytes[-1], "epochs": megabytes}
 
 
 def chart(rows: list[dict], sweep: list[dict], path: Path) -> None:
@@ -440,22 +512,25 @@ def chart(rows: list[dict], sweep: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     bars, lines = figure.subplots(1, 2)
-    rates = {row["loader"]: row["images_per_core_second"] for row in rows}
-    values = [rate["median"] for rate in rates.values()]
-    ends = np.array([[rate["median"] - rate["min"], rate["max"] - rate["median"]] for rate in rates.values()]).T
+    rows = [row for row in rows if row["images_per_core_second"]]
+    names, values = ([row[field] for row in rows] for field in ("loader", "images_per_core_second"))
+    spreads = [row["images_per_core_second_spread"] for row in rows]
+    ends = [[value - each["min"], each["max"] - value] for value, each in zip(values, spreads, strict=True)]
     colours = [
-        "tab:gray" if name == "decode_only" else f"tab:{'blue' if 'shared' in name else 'orange'}" for name in rates
+        "tab:gray" if name == "decode_only" else f"tab:{'blue' if 'shared' in name else 'orange'}" for name in names
     ]
-    bars.barh(list(rates), values, xerr=ends, color=colours)
+    bars.barh(names, values, xerr=np.array(ends).reshape(-1, 2).T, color=colours)
     bars.invert_yaxis()
     bars.set_xlabel("images a second of one core")
     for prefetch in dict.fromkeys(row["prefetch_factor"] for row in sweep if row["num_workers"]):
         for pinned in dict.fromkeys(row["pin_memory"] for row in sweep):
             line = [row for row in sweep if row["prefetch_factor"] in (prefetch, None) and row["pin_memory"] == pinned]
             label = f"prefetch_factor {prefetch}{', pinned' if pinned else ''}"
-            lines.plot(
-                [row["num_workers"] for row in line], [row["images_per_second"] for row in line], "o-", label=label
-            )
+            rates = [row["images_per_second"] for row in line]
+            spreads = [row["images_per_second_spread"] for row in line]
+            ends = [[rate - each["min"], each["max"] - rate] for rate, each in zip(rates, spreads, strict=True)]
+            numbers = [row["num_workers"] for row in line]
+            lines.errorbar(numbers, rates, np.array(ends).T, fmt="o-", capsize=3, label=label)
     lines.set_xlabel("--num_workers (shared_tar)")
     lines.set_ylabel("images a second")
     lines.set_ylim(bottom=0)
@@ -472,7 +547,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=1, help="loader processes (DALI and torchdata: threads)")
     parser.add_argument("--images", type=int, default=1024, help="how many to take")
     parser.add_argument("--image_size", type=int, default=224, help="pixels")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each loader")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of each loader, and of each case of the sweep"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="least duration of a measurement")
     parser.add_argument("--loaders", default="", help=f"some of them only, and no sweep: {', '.join(LOADERS)}")
     parser.add_argument(

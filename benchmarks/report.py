@@ -86,6 +86,8 @@ def _cell(name: str, value) -> str:
     if isinstance(value, dict) and "median" in value:
         low, high = (_cell(name, value[bound]) for bound in ("min", "max"))
         return f"{_cell(name, value['median'])} ({low} to {high})"
+    if isinstance(value, dict) and "min" in value:
+        return f"{_cell(name, value['min'])} to {_cell(name, value['max'])}"
     if name.endswith("_bytes") and value is not None:
         return f"{value / 2**30:.1f}"
     if isinstance(value, float):

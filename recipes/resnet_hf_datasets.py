@@ -37,7 +37,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -49,7 +48,7 @@ from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, Source, TrainingOrder, Views, evaluation_view, training_view
 from shared.data.sources import HELD_OUT, split
 from shared.data.sources import open_data as open_files
-from shared.data.storage import Rows
+from shared.data.storage import Rows, class_numbers
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.tracking import Run
@@ -133,8 +132,8 @@ def source(rows, where):
     if not {datasets.Image, datasets.ClassLabel} <= set(columns):
         raise UserError(f"{where} has the columns {dict(rows.features)}. It needs an Image and a ClassLabel.")
     image, label = columns[datasets.Image], columns[datasets.ClassLabel]
-    table = rows.data.table
-    return Source(Rows(table[image], where), np.asarray(table[label]), rows.features[label].names)
+    table, classes = rows.data.table, rows.features[label].names
+    return Source(Rows(table[image], where), class_numbers(table[label], len(classes)), classes)
 
 
 def build_loaders(accelerator, run_config, config):

@@ -79,7 +79,11 @@ class RunConfig:
         default="digits", help="the word digits, a folder (class folders, tar shards, parquet), or a CSV"
     )
     val_fraction: float = HfArg(default=0.0, help="share of images held out, per class, where the data has no split")
-    shuffle_block: int = HfArg(default=0, help="tar shards whose images are shuffled together; 0 = all of them")
+    shuffle_block: int = HfArg(
+        default=0,
+        help="tar shards whose images are shuffled together, so that few files are read at a time; 0 = all of them. "
+        "A shard's images then always meet within a window of that many shards: shards must be filled at random",
+    )
     seed: int = HfArg(default=0, help="decides weights, sample order and augmentation")
     max_torn: float = HfArg(default=0.001, help="share of images that may fail to decode before the run stops")
     num_workers: int = HfArg(default=2, help="loader processes per training process; 0 decodes in the training loop")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .accelerator import all_reduce_sum
+from .config import UserError
 from .data.loaders import TORN
 
 
@@ -26,9 +27,11 @@ class Evaluation:
 
     def result(self, accelerator: Accelerator, expected_samples: int) -> dict[str, float]:
         """Accuracy (0 to 1), eval_loss (nats) and eval_samples over all processes; eval_torn where images were left
-        out because they could not be decoded."""
+        out because they could not be decoded. Raises UserError where all were."""
         sums = torch.stack(self.sums).cpu().double().sum(dim=0).tolist()
         correct, loss, count, torn = all_reduce_sum(accelerator, sums)
         assert count + torn == expected_samples, f"{count} + {torn} samples were evaluated, not {expected_samples}"
+        if not count:
+            raise UserError(f"not one of {expected_samples} held-out images can be decoded; each is named above.")
         left_out = {"eval_torn": int(torn)} if torn else {}
         return {"accuracy": correct / count, "eval_loss": loss / count, "eval_samples": int(count), **left_out}

@@ -286,10 +286,13 @@ class Run:
         logged = self.will_log
         self.step, self.step_end = self.step + 1, time.perf_counter()
         self.bar.update()
+        at_end = self.step % self.epoch_steps == 0
         if logged:
             self._log_step(learning_rate, grad_norm)
+        elif at_end:  # before its count is dropped
+            self._refuse_torn_training(all_reduce_sum(self.accelerator, [self.torn])[0])
         self.losses, self.samples, self.digest = [], [], 0
-        self.torn *= self.step % self.epoch_steps > 0
+        self.torn *= not at_end
         if error := self.checkpoints.failure():
             self._say_unsaved(error)
         self._look_for_interruption()
@@ -371,9 +374,13 @@ class Run:
                 **({"skipped": True} if self.skipped else {}),
             }
         )
-        self._refuse_torn(int(torn), self.epoch_steps * self.config.global_batch_size)
+        self._refuse_torn_training(torn)
         self.bar.set_postfix(self._shown(loss / size, rate), refresh=False)
         self._end_window()
+
+    def _refuse_torn_training(self, torn: float) -> None:
+        """torn: of the epoch so far, on all processes."""
+        self._refuse_torn(int(torn), self.epoch_steps * self.config.global_batch_size)
 
     def _refuse_torn(self, torn: int, images: int) -> None:
         if torn > self.run_config.max_torn * images:

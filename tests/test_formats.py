@@ -3,38 +3,75 @@
 and replaced alike everywhere."""
 
 import contextlib
+import errno
+import hashlib
+import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, python
+from conftest import ROOT, launch_command, python
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
 
 from shared.config import UserError
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.data import (
+    EvaluationOrder,
+    Loader,
+    Source,
+    TrainingOrder,
+    Views,
+    evaluation_view,
+    open_data,
+    storage,
+    training_view,
+)
 from shared.data.decode import Crop, render
+from shared.data.index import NAME as INDEX
+from shared.data.index import Index
+from shared.data.loaders import worker_options
+from shared.metrics import Evaluation
 
 FORMATS = ("tar", "parquet", "folder")
 PACK = ROOT / "tools/pack.py"
 
 
 @pytest.fixture(scope="session")
-def packed(tmp_path_factory) -> dict[str, Path]:
+def pack():
+    """tools/pack.py: `pack.main(words(...))` is its command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        return importlib.import_module("pack")
+
+
+def words(pack, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["pack.py", *map(str, arguments), "--num_workers", "2"])
+        return pack.parse()
+
+
+@pytest.fixture(scope="session")
+def packed(pack, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("packed")
     for kind in FORMATS:
-        process = python(PACK, "digits", root / kind, "--format", kind, "--shard_size", "300")
-        assert process.returncode == 0, process.stderr
+        pack.main(words(pack, "digits", root / kind, "--format", kind, "--shard_size", "300"))
     return {"digits": "digits"} | {kind: root / kind for kind in FORMATS}
 
 
@@ -79,8 +116,20 @@ def test_an_epoch_takes_every_sample_once(packed, kind, size, num_workers, monke
     parts = [loaders(packed[kind], rank, size, num_workers, batch=2) for rank in range(size)]
     seeds = torch.cat([batch.seeds for training, _ in parts for batch in training])
     assert len(seeds) == len(seeds.unique()) == 1437 // 2 * 2
-    labels = torch.cat([batch.labels[batch.valid] for _, evaluation in parts for batch in evaluation])
-    assert sorted(labels.tolist()) == sorted(open_data("digits", 0, 0)[1].labels.tolist())
+    batches = [batch for _, evaluation in parts for batch in evaluation]
+    indices, labels = (torch.cat([batch[field][batch.valid] for batch in batches]) for field in (8, 1))
+    assert sorted(indices.tolist()) == list(range(360))
+    assert labels.tolist() == open_data("digits", 0, 0)[1].labels[indices].tolist()
+
+
+def test_raw_images_of_jean_zay_are_found(photographs):
+    expected, _ = open_data(str(photographs), 0, 0)
+    (photographs.parent / "imagenet").mkdir()
+    photographs.rename(photographs.parent / "imagenet/RawImages")
+    for path in (photographs.parent / "imagenet", photographs.parent / "imagenet/RawImages"):
+        train, held_out = open_data(str(path), 0, 0)
+        assert (len(train), len(held_out), train.classes) == (40, 10, ["a", "b"])
+        assert train.images.names.tolist() == expected.images.names.tolist()
 
 
 def test_a_blocked_shuffle_reads_few_shards_at_a_time_and_every_sample_once(packed):
@@ -127,10 +176,121 @@ def test_shards_and_parquet_of_other_programs_are_read(tmp_path):
     torn = [name for batch in loaders(tmp_path / "wds", batch=101)[0] for name in batch.torn]
     assert len(torn) == 1
     assert "names no class" in torn[0]
-    with write(str(tmp_path / "wds/train/z-%03d.tar")) as sink:
-        sink.write({"__key__": "a", "pyd": [1, 2]})
-    with pytest.raises(UserError, match="pickle"):
-        open_data(str(tmp_path / "wds"), 0, 0)
+    for kind in ("pyd", "input.pyd"):  # the second: Jean Zay's shards of ImageNet
+        with write(str(tmp_path / "wds/train/z-%03d.tar")) as sink:
+            sink.write({"__key__": "a", kind: [1, 2]})
+        with pytest.raises(UserError, match=f"a.{kind}, a pickle.*Pack the images anew"):
+            open_data(str(tmp_path / "wds"), 0, 0)
+
+
+@pytest.mark.parametrize(("label", "words"), [(9876543210, "z-000.tar: a has the class 9876543210"), (5000, "5000")])
+def test_a_stray_label_of_foreign_shards_is_refused(tmp_path, label, words):
+    """Where the classes come from the labels themselves, the network would have an output for each number."""
+    for part in ("train", "val"):
+        foreign_shard(tmp_path / part / "a-000.tar", {f"{number:02d}": number % 10 for number in range(50)})
+    assert len(open_data(str(tmp_path), 0, 0)[0].classes) == 10
+    foreign_shard(tmp_path / "train/z-000.tar", {"a": label})
+    with pytest.raises(UserError, match=words):
+        open_data(str(tmp_path), 0, 0)
+    with pytest.raises(UserError, match=words):
+        open_data(str(tmp_path / "train"), 0.1, 0)
+
+
+def foreign_shard(path: Path, labels: dict[str, int], image: bytes = b"") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, label in labels.items():
+            for name, data in ((f"{key}.jpg", image), (f"{key}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_labels_of_parquet_that_name_no_class_are_torn(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"bytes": photograph(number), "path": None} for number in range(6)]
+    table = pa.table({"image": images, "label": [0, 1, 2, None, -1, 1]}, schema=features.arrow_schema)
+    for part in ("train", "val"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        pq.write_table(table, tmp_path / "data" / part / "0.parquet")
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = importlib.import_module("resnet_hf_datasets")
+    for name, opened in (("open_data", open_data), ("recipe", recipe.open_data)):
+        train, _ = opened(str(tmp_path / "data"), 0, 0, 0)
+        assert train.labels.tolist() == [0, 1, -1, -1, -1, 1], name
+    torn = [name for batch in loaders(tmp_path / "data", batch=6)[0] for name in batch.torn]
+    assert sorted(name.split(": ", 1)[1] for name in torn) == [
+        f"row {row}: it has no label, or one that names no class" for row in (2, 3, 4)
+    ]
+
+
+def test_a_changed_shard_is_listed_anew(tmp_path):
+    """Though its time of change is not the newest."""
+    for name in ("a", "b"):
+        foreign_shard(tmp_path / f"data/{name}.tar", {f"{name}{key}": key for key in range(4)})
+    os.utime(tmp_path / "data/b.tar", (2e9, 2e9))
+    first, _ = open_data(str(tmp_path / "data"), 0.3, 0)
+    kept = list(Path(os.environ["SCRATCH"]).rglob("*.safetensors"))
+    assert len(open_data(str(tmp_path / "data"), 0.3, 0)[0]) == len(first)
+    assert list(Path(os.environ["SCRATCH"]).rglob("*.safetensors")) == kept
+    foreign_shard(tmp_path / "data/a.tar", {f"a{key}": key for key in range(8)})
+    assert len(open_data(str(tmp_path / "data"), 0.3, 0)[0]) > len(first)
+
+
+CACHED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+rank = os.environ["RANK"]
+os.environ["SCRATCH"] = f"{sys.argv[2]}/cache-{rank}"  # of each process its own, as of each node
+from accelerate import PartialState
+from shared.config import UserError
+from shared.data import index, open_data
+PartialState(cpu=True)
+index.PATIENCE = 0
+for data in ("bad", "good"):
+    try:
+        train, _ = open_data(f"{sys.argv[2]}/{data}", 0.0, 0)
+        print(f"{rank} has {len(train)}", flush=True)
+    except UserError as error:
+        print(f"{rank} cannot: {error}", flush=True)
+PartialState().destroy_process_group()
+"""
+
+
+def test_no_process_waits_for_an_index_that_never_comes(tmp_path):
+    """Rank 0 fails; then it succeeds, into a cache that the other one does not see."""
+    for part in ("train", "val"):
+        foreign_shard(tmp_path / "good" / part / "a.tar", {f"{key}": key % 2 for key in range(7)})
+        foreign_shard(tmp_path / "bad" / part / "a.tar", {f"{key}": 9876543210 for key in range(7)})
+    (tmp_path / "script.py").write_text(CACHED)
+    process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path, timeout=100)
+    assert process.returncode == 0, process.stderr
+    lines = sorted(process.stdout.splitlines())
+    assert [line.split(": ")[0] for line in lines] == ["0 cannot", "0 has 7", "1 cannot", "1 has 7"]
+    assert lines[0][1:] == lines[2][1:]
+    assert "9876543210" in lines[0]
+    assert [len(list((tmp_path / f"cache-{rank}").rglob("*.safetensors"))) for rank in (0, 1)] == [2, 2]
+
+
+def test_threads_read_of_more_shards_than_may_be_open(tmp_path, monkeypatch):
+    """And of each what it holds, while other threads drop it."""
+    monkeypatch.setattr(storage, "open_shards", lambda: 3)
+    for shard in range(60):
+        (tmp_path / f"{shard}.tar").write_bytes(shard.to_bytes(1) * 5000)
+    numbers = np.arange(60)
+    names, shards = numbers.astype("S"), [f"{shard}.tar" for shard in numbers]
+    index = Index(names, numbers, [*map(str, numbers)], shards, numbers, 0 * numbers, 0 * numbers + 5000)
+    images, draws = storage.Members(str(tmp_path), index), np.random.default_rng(0).integers(0, 60, 6000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(images.__getitem__, draws))
+    assert all(data == number.to_bytes(1) * 5000 for data, number in zip(read, draws, strict=True))
+    assert len(images.files) <= 3 + 8
+    assert storage.limits()[0] >= 4 * 641 or storage.limits()[1] < 4 * 641  # ImageNet's shards may all be open
 
 
 # Torn data
@@ -193,14 +353,17 @@ def test_torn_images_are_named_and_replaced_alike_on_any_topology(photographs, c
 
 def test_a_run_names_torn_images_and_stops_above_a_share(photographs, tmp_path):
     tear(photographs / "train")
-    flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--epochs", "1"]
-    flags += ["--norm", "group", "--report_to", "none", "--logging_steps", "1", "--output_dir", tmp_path / "run"]
-    process = python(ROOT / "recipes/resnet.py", *flags)
+    flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--norm", "group"]
+    flags += ["--report_to", "none", "--output_dir", tmp_path / "run", "--epochs"]
+    # Its first line would come after the second epoch: it stops before the first one's evaluation.
+    process = python(ROOT / "recipes/resnet.py", *flags, "2", "--logging_steps", "100")
     assert process.returncode == 1
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
+    shutil.rmtree(tmp_path / "run")
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert "of 40 images cannot be decoded" in error
     assert "--max_torn" in error
-    process = python(ROOT / "recipes/resnet.py", *flags, "--max_torn", "0.2")
+    process = python(ROOT / "recipes/resnet.py", *flags, "1", "--logging_steps", "1", "--max_torn", "0.2")
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("torn image: ") == 5
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -208,9 +371,39 @@ def test_a_run_names_torn_images_and_stops_above_a_share(photographs, tmp_path):
     assert lines[-1]["eval_samples"] == 10
 
 
-def test_a_shard_that_was_cut_off(tmp_path, capfd):
-    process = python(PACK, "digits", tmp_path / "tar", "--format", "tar", "--shard_size", "1000")
-    assert process.returncode == 0, process.stderr
+def test_where_nothing_can_be_decoded_one_line_says_so(tmp_path, monkeypatch):
+    names = np.array([b"%d.jpg" % number for number in range(3000)])
+    nothing = Source(storage.Files(str(tmp_path), names), np.zeros(3000, dtype=np.int64), ["a", "b"])
+    monkeypatch.setattr(sys.modules[__name__], "open_data", lambda *_: (nothing, nothing))
+    for num_workers in (0, 1):  # a worker's comes with its traceback
+        with pytest.raises(UserError) as caught:
+            list(loaders("nothing", num_workers=num_workers)[0])
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"2000 images in a row cannot be decoded, such as {tmp_path}/")
+    evaluation = Evaluation()
+    for batch in loaders("nothing")[1]:
+        evaluation.add(torch.zeros(len(batch.labels), 2), batch.labels, batch.valid)
+    with pytest.raises(UserError, match="not one of 3000 held-out images can be decoded"):
+        evaluation.result(SimpleNamespace(mesh=None), 3000)
+
+
+@pytest.mark.parametrize("prefetch_factor", [1, 4])
+def test_a_batch_in_use_stays_what_it_is_while_others_are_made(prefetch_factor):
+    views = loaders("digits")[0].dataset
+    expected = [(batch.images.clone(), batch.labels) for batch in views_in(views, 0, prefetch_factor)]
+    for (images, labels), batch in zip(expected, views_in(views, 1, prefetch_factor), strict=True):
+        time.sleep(0.02)  # longer than the worker needs to fill what it may
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.labels, labels)
+
+
+def views_in(views: Views, num_workers: int, prefetch_factor: int) -> DataLoader:
+    options = worker_options(num_workers, torch.device("cpu"), prefetch_factor)
+    return DataLoader(views, batch_sampler=views.order, **options)
+
+
+def test_a_shard_that_was_cut_off(pack, tmp_path, capfd):
+    pack.main(words(pack, "digits", tmp_path / "tar", "--format", "tar", "--shard_size", "1000"))
     shard = tmp_path / "tar/train/000001.tar"
     whole = open_data(str(tmp_path / "tar"), 0, 0)[0]
     with open(shard, "r+b") as file:
@@ -221,9 +414,13 @@ def test_a_shard_that_was_cut_off(tmp_path, capfd):
     assert lost.sum() - 29 <= len(torn) <= lost.sum() + 1  # the last 29 of the epoch are not drawn
     assert all("000001.tar" in name and "too early" in name for name in torn)
     (tmp_path / "tar/train/index.safetensors").unlink()  # as another program's: what is cut off has no header
-    capfd.readouterr()
-    assert 0 <= len(open_data(str(tmp_path / "tar"), 0, 0)[0]) - (1437 - lost.sum()) <= 1
-    assert f"torn shard: {shard} was cut off" in capfd.readouterr().err
+    (tmp_path / "tar/train/000002.tar").write_bytes(b"")
+    (tmp_path / "tar/train/000003.tar").write_bytes(b"no header" * 1000)
+    for _ in range(2):  # the second time from the cache
+        capfd.readouterr()
+        assert 0 <= len(open_data(str(tmp_path / "tar"), 0, 0)[0]) - (1437 - lost.sum()) <= 1
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("torn shard: ")]
+        assert [line.split()[2] for line in said] == [str(shard.with_name(f"00000{n}.tar")) for n in (1, 2, 3)]
 
 
 def test_a_csv_whose_paths_climb_out(photographs):
@@ -296,42 +493,235 @@ def test_one_pixel_and_very_large_images():
     assert np.abs(rendered(large.getvalue()) - np.asarray(small)).mean() < 3
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more, before its end."""
+    image = photograph(3, "PNG")
+    return image[:-12] + chunk(kind, data) + image[-12:]
+
+
+def with_text_for_a_number() -> bytes:
+    """A JPEG that Exif turns, and whose Compression is a text."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0103] = 6, 6
+    image = photograph(3, exif=exif)
+    place = image.index(b"\x01\x03", image.index(b"Exif"))
+    return image[: place + 3] + b"\x02" + image[place + 4 :]
+
+
+BOMB = (
+    chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + BOMB, "decompression bomb"),
+        (with_chunk(b"eXIf", b"XX"), "SyntaxError: not a TIFF file"),
+        (with_chunk(b"eXIf", b"MM\0*\0\0"), "PIL cannot read it: "),
+        (with_text_for_a_number(), "required argument is not an integer"),
+    ],
+    ids=["bomb", "header", "cut", "kind"],
+)
+def test_whatever_pil_raises_is_a_torn_image(image, words):
+    with pytest.raises(ValueError, match=words):
+        rendered(image)
+
+
 # Packing
 
 
-@pytest.mark.parametrize("kind", ["tar", "folder"])
-def test_packing_that_was_killed_ends_complete(tmp_path, kind):
-    command = [str(PACK), "digits", "--format", kind, "--shard_size", "40", "--num_workers", "2"]
-    process = python(*command[:2], tmp_path / "whole", *command[2:])
-    assert process.returncode == 0, process.stderr
-    whole = contents(tmp_path / "whole")
-    draws = np.random.default_rng(0)
-    killed = 0
-    for _ in range(4):
-        words = [sys.executable, command[0], "digits", str(tmp_path / "killed"), *command[2:]]
-        process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < until and not list(tmp_path.glob("killed/*/*")):
-            time.sleep(0.01)
-        time.sleep(draws.uniform(0, 0.4))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+@pytest.mark.parametrize("kind", FORMATS)
+def test_packing_that_was_killed_ends_complete(pack, tmp_path, kind):
+    flags, begin = ("--format", kind, "--shard_size", "40"), time.monotonic()
+    pack.main(words(pack, "digits", tmp_path / "whole", *flags))
+    seconds, whole = time.monotonic() - begin, contents(tmp_path / "whole")
+    command = partial(pack.main, words(pack, "digits", tmp_path / "killed", *flags))
+    draws, killed = np.random.default_rng(0), 0
+    for share in (0, 0.01, 0.05, *draws.uniform(0, 0.4, 4)):
+        killed += kill(command, share * seconds)
         for name, data in contents(tmp_path / "killed").items():
             assert data == whole[name], name  # nothing has its name before it is complete
-    assert killed >= 2
-    process = python(*command[:2], tmp_path / "killed", *command[2:])
-    assert process.returncode == 0, process.stderr
+    assert killed >= 4
+    (tmp_path / "killed/train" / f".{INDEX}.host.1").write_bytes(b"")  # of a kill as the index was written
+    command()
     assert contents(tmp_path / "killed") == whole
     assert not list((tmp_path / "killed").rglob(".*"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*")}
-    assert python(*command[:2], tmp_path / "killed", *command[2:]).returncode == 0
+    command()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*")} == before  # nothing left to do
+
+
+def kill(command, seconds: float) -> bool:
+    """Whether it still ran, in a process of its own, this long after its start."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        command()
+        os._exit(0)
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_a_start_that_was_killed_before_anything_had_its_name(pack, tmp_path):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/.pack.json.partial").write_text("{")
+    pack.main(words(pack, "digits", tmp_path / "packed", "--format", "tar"))
+    assert len(open_data(str(tmp_path / "packed"), 0, 0)[0]) == 1437
+    assert not list((tmp_path / "packed").rglob(".*"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(("source", "kind"), [("csv", "tar"), ("tar", "parquet"), ("parquet", "folder")])
+def test_packing_takes_each_format_to_another(pack, tmp_path, photographs, source, kind):
+    train, held_out = open_data(str(photographs), 0, 0)
+    if source == "csv":
+        rows = [
+            f"{part.images.name(number)},{part.classes[part.labels[number]]},{name}"
+            for name, part in (("train", train), ("val", held_out))
+            for number in range(len(part))
+        ]
+        (tmp_path / "csv.csv").write_text("\n".join(["path,label,split", *rows]))
+    else:
+        pack.main(words(pack, photographs, tmp_path / source, "--format", source, "--shard_size", "9"))
+    name = tmp_path / (f"{source}.csv" if source == "csv" else source)
+    pack.main(words(pack, name, tmp_path / "packed", "--format", kind, "--shard_size", "11"))
+    for ours, theirs in zip(open_data(str(tmp_path / "packed"), 0, 0), (train, held_out), strict=True):
+        assert ours.classes == theirs.classes
+        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert [ours.images[i] for i in range(len(ours))] == [theirs.images[i] for i in range(len(theirs))]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_images_of_no_class_are_left_out_and_counted(pack, tmp_path, photographs, kind, capsys, monkeypatch):
+    train, held_out = open_data(str(photographs), 0, 0)
+    train.labels[[3, 30]] = -1
+    monkeypatch.setattr(pack, "open_data", lambda *_: (train, held_out))
+    pack.main(words(pack, "photographs", tmp_path / "packed", "--format", kind))
+    assert "train: 2 images without a class" in capsys.readouterr().out
+    packed, _ = open_data(str(tmp_path / "packed"), 0, 0)
+    kept = [number for number in range(40) if number not in (3, 30)]
+    assert packed.labels.tolist() == train.labels[kept].tolist()
+    assert {packed.images[i] for i in range(38)} == {train.images[i] for i in kept}
+
+
+class Unsendable(storage.Pixels):
+    def __reduce__(self):
+        raise AssertionError("a million images went to another process")
+
+
+def test_a_source_is_not_sent_with_each_shard(pack, tmp_path):
+    train, _ = open_data("digits", 0, 0)
+    source = Source(Unsendable(train.images.pixels[:200]), train.labels[:200], train.classes)
+    pack.pack(source, tmp_path / "train", words(pack, "", "", "--format", "tar", "--shard_size", "50"))
+    assert len(list((tmp_path / "train").glob("*.tar"))) == 4
+
+
+def test_the_photograph_of_a_telephone_is_a_jpeg(pack, tmp_path, photographs):
+    second = Image.fromarray(load_sample_images().images[0][:50, :50])
+    for name in ("train/a/00.jpg", "val/a/40.jpg"):
+        (photographs / name).write_bytes(photograph(0, "MPO", save_all=True, append_images=[second]))
+    pack.main(words(pack, photographs, tmp_path / "packed", "--format", "tar"))
+    with tarfile.open(tmp_path / "packed/train/000000.tar") as tar:
+        assert {name.split(".")[1] for name in tar.getnames()} == {"jpg", "cls"}
+    packed, _ = open_data(str(tmp_path / "packed"), 0, 0)
+    assert np.abs(rendered(packed.images[0]) - rendered(photograph(0))).max() <= 2
+
+
+def test_checksums_are_those_of_the_shards(packed):
+    for part in ("train", "val"):
+        index = Index.load(packed["tar"] / part / INDEX)
+        files = [packed["tar"] / part / shard for shard in index.shards]
+        assert index.checksums == [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files]
+        lines = [line.split("  ") for line in (packed["parquet"] / part / "b2sums").read_text().splitlines()]
+        assert {name for _, name in lines} == {file.name for file in (packed["parquet"] / part).glob("*.parquet")}
+        for known, name in lines:
+            assert known == hashlib.blake2b((packed["parquet"] / part / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_dry_run_says_what_packing_makes(pack, packed, tmp_path, kind, capsys):
+    pack.main(words(pack, "digits", tmp_path / "new", "--format", kind, "--shard_size", "300", "--dry_run"))
+    assert not list(tmp_path.iterdir())
+    for part, line in zip(("train", "val"), capsys.readouterr().out.splitlines(), strict=True):
+        size, shards, inodes = map(int, re.search(r"(\d+) bytes .* (\d+) shards of 300, (\d+) inodes", line).groups())
+        found = [packed[kind] / part, *(packed[kind] / part).rglob("*")]
+        assert abs(size / sum(path.stat().st_size for path in found if path.is_file()) - 1) < 0.02
+        assert inodes == len(found)
+        assert shards == {"train": 5, "val": 2}[part]
+
+
+def test_a_full_disk_leaves_what_is_complete_and_nothing_else(pack, tmp_path, monkeypatch):
+    """As the index is written, and as any other file is."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    command = partial(pack.main, words(pack, "digits", tmp_path / "packed", "--format", "tar", "--shard_size", "300"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            command()
+    assert {path.name for path in (tmp_path / "packed/train").iterdir()} == {
+        *(f"{number:06d}.tar" for number in range(5)),
+        *(f".{number:06d}.npz" for number in range(5)),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"), pack.complete(tmp_path / "file") as file:
+            file.write(b"data")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    before = contents(tmp_path / "packed")
+    command()
+    assert before.items() < contents(tmp_path / "packed").items()
+    assert not list((tmp_path / "packed").rglob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_damaged_archive_is_said_in_one_line(pack, tmp_path, photographs, kind):
+    archive = Path(shutil.make_archive(str(tmp_path / "archive"), kind, photographs))
+    whole = archive.read_bytes()
+    command = partial(pack.main, words(pack, archive, tmp_path / "new", "--format", "tar"))
+    for data in (b"", whole[: len(whole) // 2], whole[: -(len(whole) % 10240 or 10240)], b"nothing" * 1000):
+        archive.write_bytes(data)
+        with pytest.raises(UserError, match=r"archive.\w+ cannot be read: .*Copy it again"):
+            command()
+    assert not (tmp_path / "new").exists()
+    if kind == "zip":
+        place = whole.index(b".jpg") + 500
+        archive.write_bytes(whole[:place] + bytes(100) + whole[place + 100 :])
+        with pytest.raises(UserError, match=r"cannot read .*the archive is damaged: "):
+            command()
+    else:
+        archive.write_bytes(whole)
+        images, _ = pack.open_source(str(archive), 0)
+        os.truncate(archive, len(whole) // 3)  # after it was listed
+        with pytest.raises(OSError, match="too early"):
+            [images.images[number] for number in range(40)]
+
+
+def test_what_macos_puts_into_an_archive_is_no_image(pack, tmp_path, photographs):
+    for name in ("__MACOSX/train/a/._00.jpg", "train/a/._00.jpg"):
+        (photographs / name).parent.mkdir(parents=True, exist_ok=True)
+        (photographs / name).write_bytes(b"no image")
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", photographs)
+    train, held_out = pack.open_source(archive, 0)
+    assert (len(train), len(held_out)) == (40, 10)
+    assert train.classes == ["a", "b"]
 
 
 def test_packing_names_what_it_cannot_read(tmp_path, photographs):
@@ -342,25 +732,27 @@ def test_packing_names_what_it_cannot_read(tmp_path, photographs):
 
 
 @pytest.mark.parametrize(
-    ("words", "remedy"),
+    ("arguments", "remedy"),
     [
         (["digits", "full", "--format", "tar"], "is not empty"),
         (["digits", "begun", "--format", "folder"], "begun with format tar"),
         (["nowhere", "new", "--format", "tar"], "does not exist"),
         (["photographs", "new", "--format", "tar", "--val_fraction", "0.1"], "has no use"),
-        (["digits", "new", "--format", "tar", "--shard_size", "0"], "--shard_size"),
+        (["digits", "new", "--format", "tar", "--shard_size", "0"], "--shard_size 0 is out of range"),
+        (["digits", "new", "--format", "tar", "--quality", "0"], "--quality 0 is out of range"),
+        (["digits", "new", "--format", "tar", "--quality", "101"], "--quality 101 is out of range"),
+        (["digits", "new", "--format", "tar", "--max_side", "-1"], "--max_side -1 is out of range"),
     ],
 )
-def test_packing_refuses_in_one_line(tmp_path, photographs, words, remedy):
+def test_packing_refuses_in_one_line(pack, tmp_path, photographs, arguments, remedy, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/pack.json").write_text('{"source": "digits", "format": "tar"}')
-    process = python(PACK, *words, cwd=tmp_path)
-    assert process.returncode == 1
-    (line,) = process.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert remedy in line
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=remedy) as caught:
+        pack.main(words(pack, *arguments))
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
@@ -392,26 +784,16 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_dry_run_writes_nothing_and_says_what_packing_would_make(tmp_path, photographs):
-    process = python(PACK, photographs, tmp_path / "new", "--format", "tar", "--shard_size", "16", "--dry_run")
-    assert process.returncode == 0, process.stderr
-    assert "train: 40 images" in process.stdout
-    assert "3 shards of 16" in process.stdout
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_an_archive_is_packed_where_it_lies_and_jpegs_stay_as_they_are(tmp_path, photographs, kind):
+def test_an_archive_is_packed_where_it_lies_and_jpegs_stay_as_they_are(pack, tmp_path, photographs, kind):
     archive = shutil.make_archive(str(tmp_path / "archive"), kind, photographs)
-    process = python(PACK, archive, tmp_path / "packed", "--format", "tar")
-    assert process.returncode == 0, process.stderr
+    pack.main(words(pack, archive, tmp_path / "packed", "--format", "tar"))
     ours, theirs = (open_data(str(path), 0, 0) for path in (tmp_path / "packed", photographs))
     for mine, original in zip(ours, theirs, strict=True):
         assert len(mine) == len(original)
         assert mine.classes == original.classes
         assert {mine.images[i] for i in range(len(mine))} == {original.images[i] for i in range(len(original))}
-    process = python(PACK, archive, tmp_path / "small", "--format", "tar", "--max_side", "60", "--quality", "80")
-    assert process.returncode == 0, process.stderr
+    pack.main(words(pack, archive, tmp_path / "small", "--format", "tar", "--max_side", "60", "--quality", "80"))
     small, _ = open_data(str(tmp_path / "small"), 0, 0)
     with Image.open(io.BytesIO(small.images[0])) as image:
         assert max(image.size) == 60

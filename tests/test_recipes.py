@@ -2,6 +2,7 @@
 """The collection keeps its promises: loops that stay alike, recipes that can be copied, files that agree."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -141,7 +143,7 @@ def bound(requirement: str) -> Version:
 
 def test_shared_stays_small_and_imports_no_recipe():
     sources = {path: path.read_text() for path in (ROOT / "shared").rglob("*.py")}
-    assert sum(len(source.splitlines()) for source in sources.values()) < 3650
+    assert sum(len(source.splitlines()) for source in sources.values()) < 4000
     for path, source in sources.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -339,7 +341,46 @@ def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(tmp_path,
     assert result["hardware"]["versions"]["torch"]
     assert str(tmp_path) not in path.read_text()
     assert len(result["rows"]) >= 2
+    if script == "loaders":
+        check_loaders(result)
     # Where a formula stands beside what was counted, they agree within 5 %.
     ratios = [row["ratio"] for row in result["rows"] if row.get("ratio") is not None]
     assert all(abs(ratio - 1) < 0.05 for ratio in ratios)
     assert bool(ratios) == (script in ("memory", "communication"))
+
+
+def check_loaders(result: dict) -> None:
+    """Plain figures with their spread; a cold one of our formats; advice that a recipe has a flag for."""
+    rows = {row["loader"]: row for row in result["rows"]}
+    assert {"decode_only", "shared_folder", "shared_tar", "shared_parquet", "torchvision_reference"} <= set(rows)
+    for name, row in rows.items():
+        for figure in ("images_per_second", "images_per_core_second"):
+            spread = row[f"{figure}_spread"]
+            assert spread["min"] <= row[figure] <= spread["max"], row
+            assert spread["n"] == 1
+        assert ("cold_images_per_second" in row) == name.startswith("shared_")
+    assert all(row["images_per_second_spread"]["n"] == 1 for row in result["sweep"])
+    assert re.match(r"Give --num_workers \d+: ", result["advice"])
+    memory = result["worker_megabytes"]
+    assert [memory["first"], memory["last"]] == [memory["epochs"][0], memory["epochs"][19]]
+
+
+def test_a_loader_that_fails_has_its_reason_in_its_row(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    loaders = importlib.import_module("loaders")
+
+    def broken(args):
+        raise RuntimeError("no such reader\nand more")
+
+    monkeypatch.setitem(loaders.LOADERS, "timm", (broken, "timm"))
+    monkeypatch.setitem(loaders.LOADERS, "ffcv", (lambda args: os._exit(3), "ffcv"))
+    monkeypatch.setitem(loaders.LOADERS, "decode_only", (lambda args: lambda: map(len, [[3**99999] * 5]), "torch"))
+    args = SimpleNamespace(rounds=2, seconds=0.3)
+    works, fails, ends = loaders.bake_off(["decode_only", "timm", "ffcv"], args)
+    assert works["images_per_second"] > 0
+    assert works["images_per_second_spread"]["n"] == 2
+    assert fails == {"loader": "timm", "images_per_second": None, "images_per_core_second": None} | {
+        "left_out": "RuntimeError: no such reader"
+    }
+    assert ends["left_out"] == "its process was ended"
+    loaders.table([works, fails])

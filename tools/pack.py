@@ -12,18 +12,26 @@ the same command goes on after the shards that were complete.
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
 import json
+import math
+import multiprocessing
 import os
 import sys
 import tarfile
 import time
 import zipfile
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,20 +39,30 @@ from tqdm import tqdm
 
 from shared.config import UserError
 from shared.data import Source, open_data
+from shared.data.decode import opened
 from shared.data.index import NAME as INDEX
 from shared.data.index import Index
 from shared.data.order import random_bits
+from shared.data.shards import is_complete
 from shared.data.sources import EXTENSIONS, HELD_OUT, split
 
-PROBE = 1000  # images that a dry run reads
+PROBE = 1000  # images that a dry run packs
 ARCHIVES = (".zip", ".tar")
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # the last: it is encrypted
+SUMS = "b2sums"  # beside parquet files: `b2sum -c b2sums` checks them
+DONE = {"tar": INDEX, "folder": INDEX, "parquet": SUMS}  # what a part's folder has once all else is there
+BOUNDS = {"shard_size": (1, math.inf), "quality": (1, 100), "max_side": (0, math.inf)}
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_job: list = []
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.shard_size < 1:
-        raise UserError(f"--shard_size {arguments.shard_size} is out of range. Give 1 or more images.")
-    parts = dict(zip(("train", "val"), open_source(arguments.source, arguments.val_fraction), strict=True))
+    for name, (low, high) in BOUNDS.items():
+        if not low <= getattr(arguments, name) <= high:
+            raise UserError(f"--{name} {getattr(arguments, name)} is out of range. Give {low} to {high}.")
+    sources = open_source(arguments.source, arguments.val_fraction)
+    parts = {name: with_classes(source, name) for name, source in zip(("train", "val"), sources, strict=True)}
     if arguments.dry_run:
         for name, source in parts.items():
             print(f"{name}: {estimate(source, arguments)}")
@@ -53,6 +71,15 @@ def main(arguments: argparse.Namespace) -> None:
     for name, source in parts.items():
         pack(source, arguments.destination / name, arguments)
     print(f"packed; to train on it: python recipes/resnet.py --data {arguments.destination}")
+
+
+def with_classes(source: Source, name: str) -> Source:
+    """Without the images that name no class, each of which a training would call torn."""
+    known = np.flatnonzero(source.labels >= 0)
+    if len(known) == len(source):
+        return source
+    print(f"{name}: {len(source) - len(known)} images without a class, or with one that is not listed, are left out")
+    return source.subset(known)
 
 
 def open_source(name: str, val_fraction: float) -> tuple[Source, Source]:
@@ -64,8 +91,11 @@ def open_source(name: str, val_fraction: float) -> tuple[Source, Source]:
 
 def from_archive(path: Path, val_fraction: float) -> tuple[Source, Source]:
     """Images in class folders (below train/ and val/, or not) within one .tar or .zip."""
-    files = tar_members(path) if path.suffix == ".tar" else zip_members(path)
-    found = [(name, place) for name, place in files if name.lower().endswith(EXTENSIONS) and name.count("/")]
+    try:
+        files = tar_members(path) if path.suffix.lower() == ".tar" else zip_members(path)
+    except DAMAGED as error:
+        raise UserError(f"{path} cannot be read: {error}. Copy it again.") from error
+    found = [(name, place) for name, place in files if is_image(name)]
     if not found:
         raise UserError(f"{path} holds no images in class folders. Pack its folder instead.")
     names, places = zip(*found, strict=True)
@@ -79,8 +109,16 @@ def from_archive(path: Path, val_fraction: float) -> tuple[Source, Source]:
     return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
 
 
+def is_image(name: str) -> bool:
+    """In a folder, and not what macOS keeps beside its files: __MACOSX/a/._1.jpg."""
+    *folders, file = name.split("/")
+    return bool(folders) and file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+
+
 def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
     """Name, offset and length of each file."""
+    if not is_complete(path):
+        raise tarfile.ReadError("it was cut off, or is no tar")
     with tarfile.open(path, "r:") as tar:
         files = (member for member in tqdm(tar, desc=str(path), unit="member", disable=None) if member.isfile())
         return [(member.name, (member.offset_data, member.size)) for member in files]
@@ -102,8 +140,14 @@ class Archive:
         if self.file is None:
             self.file = zipfile.ZipFile(self.path) if isinstance(place, str) else self.path.open("rb")
         if isinstance(place, str):
-            return self.file.read(place)
-        return os.pread(self.file.fileno(), place[1], place[0])
+            try:
+                return self.file.read(place)
+            except DAMAGED as error:
+                raise OSError(f"the archive is damaged: {error}") from error
+        data = os.pread(self.file.fileno(), place[1], place[0])
+        if len(data) < place[1]:
+            raise OSError(f"the archive ends {place[1] - len(data)} bytes too early")
+        return data
 
     def __getstate__(self) -> dict:
         return vars(self) | {"file": None}
@@ -116,17 +160,44 @@ class Archive:
 
 
 def estimate(source: Source, arguments: argparse.Namespace) -> str:
-    """What packing would make, from the sizes and the speed of some images."""
-    probe = np.argsort(random_bits(len(source), 1))[:PROBE].tolist()
-    begin = time.perf_counter()
-    sizes = [len(encoded(source, arguments, sample)[0]) for sample in probe]
-    seconds = (time.perf_counter() - begin) / len(probe) / max(1, arguments.num_workers)
-    size, shards = np.mean(sizes) * len(source), -(-len(source) // arguments.shard_size)
+    """What packing would make, from some images that are packed on the destination's disk and removed again."""
+    probe = source.subset(np.sort(np.argsort(random_bits(len(source), 1))[:PROBE]))
+    images, reading = timed(lambda: [encoded(probe, arguments, number) for number in range(len(probe))])
+    size, writing = try_out(probe, images, arguments)
+    share, shards = len(source) / len(probe), count_shards(source, arguments)
     inodes = len(source) + len(source.classes) if arguments.format == "folder" else shards
+    processes = min(max(1, arguments.num_workers), shards)
+    megabytes = sum(len(data) for data, _ in images) / 1e6
     return (
-        f"{len(source)} images, {size / 1e9:.3f} GB, {shards} shards of {arguments.shard_size}, {inodes + 1} inodes, "
-        f"{seconds * len(source) / 3600:.2f} hours on {arguments.num_workers} processes ({len(probe)} images read)"
+        f"{len(source)} images, {size * share:.0f} bytes ({size * share / 1e9:.3f} GB), "
+        f"{shards} shards of {arguments.shard_size}, {inodes + 2} inodes (and {shards} more while it packs), "
+        f"{(reading + writing) * share / processes / 3600:.2f} hours on {processes} processes "
+        f"({len(probe)} images: one reads {megabytes / reading:.0f} MB/s and writes {megabytes / writing:.0f})"
     )
+
+
+def try_out(source: Source, images: list[tuple[bytes, str]], arguments: argparse.Namespace) -> tuple[int, float]:
+    """Bytes, and seconds that one process takes to write them."""
+    destination = arguments.destination.absolute()
+    there = next(path for path in (destination, *destination.parents) if path.is_dir())
+    with TemporaryDirectory(dir=there, prefix=".pack-probe-") as folder:
+        pack_here(source.subset(np.arange(1)), Path(folder, "one"), images, arguments)  # imports what that needs
+        _, seconds = timed(lambda: pack_here(source, Path(folder, "all"), images, arguments))
+        files = [path for path in Path(folder, "all").rglob("*") if path.is_file() and not path.name.startswith(".")]
+        return sum(path.stat().st_size for path in files), seconds
+
+
+def timed(function):
+    begin = time.perf_counter()
+    return function(), time.perf_counter() - begin
+
+
+def pack_here(source: Source, folder: Path, images: list[tuple[bytes, str]], arguments: argparse.Namespace) -> None:
+    """Of images that were read, in this process."""
+    folder.mkdir()
+    for number in range(count_shards(source, arguments)):
+        write_shard(source, folder, arguments, images.__getitem__, number)
+    finish(source, folder, arguments)
 
 
 def claim(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
@@ -140,11 +211,11 @@ def claim(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
         if different:
             name = different[0]
             raise UserError(f"{path} was begun with {name} {former.get(name)}, not {plan[name]}. Give another folder.")
-    elif arguments.destination.exists() and any(arguments.destination.iterdir()):
+    elif arguments.destination.exists() and {*arguments.destination.iterdir()} - {partial_of(path)}:
         raise UserError(f"{arguments.destination} is not empty, and not from this tool. Give another folder.")
     else:
         arguments.destination.mkdir(parents=True, exist_ok=True)
-        with Complete(path) as file:
+        with complete(path) as file:
             file.write(json.dumps(plan, indent=1).encode())
 
 
@@ -154,16 +225,37 @@ def claim(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
 def pack(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
     """Every shard that is not there yet, then the index."""
     folder.mkdir(exist_ok=True)
-    if (folder / INDEX).exists():
-        return
-    count = -(-len(source) // arguments.shard_size)
+    if not (folder / DONE[arguments.format]).exists():
+        write_shards(source, folder, arguments)
+        finish(source, folder, arguments)
+    for pattern in (".*.npz", ".*.partial", f".{INDEX}.*"):  # of this start, and of others that were killed
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def write_shards(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
+    count = count_shards(source, arguments)
     todo = [number for number in range(count) if not rows_of(folder, number).exists()]
     done = len(source) - sum(len(members_of(source, number, arguments)) for number in todo)
     bar = tqdm(total=len(source), initial=done, unit="image", desc=folder.name)
-    with ProcessPoolExecutor(max(1, arguments.num_workers)) as pool, bar:
-        for images in pool.map(partial(write_shard, source, folder, arguments), todo):
+    job = source, folder, arguments, partial(encoded, source, arguments)
+    with ProcessPoolExecutor(max(1, arguments.num_workers), CONTEXT, take_job, job) as pool, bar:
+        for images in pool.map(one_shard, todo):
             bar.update(images)
-    finish(source, folder, arguments.format, count)
+
+
+def take_job(*job) -> None:
+    """In each process of the pool: what its shards have in common. A fork finds it there; sent with each shard it
+    could be gigabytes, the whole of a parquet table."""
+    _job[:] = job
+
+
+def one_shard(number: int) -> int:
+    return write_shard(*_job, number)
+
+
+def count_shards(source: Source, arguments: argparse.Namespace) -> int:
+    return -(-len(source) // arguments.shard_size)
 
 
 def members_of(source: Source, number: int, arguments: argparse.Namespace) -> np.ndarray:
@@ -174,13 +266,12 @@ def members_of(source: Source, number: int, arguments: argparse.Namespace) -> np
     return everything[number * arguments.shard_size : (number + 1) * arguments.shard_size]
 
 
-def write_shard(source: Source, folder: Path, arguments: argparse.Namespace, number: int) -> int:
+def write_shard(source: Source, folder: Path, arguments: argparse.Namespace, read, number: int) -> int:
     """One shard, complete or absent; then what the index will say of it, which marks it as done."""
     samples = members_of(source, number, arguments)
-    rows = WRITERS[arguments.format](source, samples, folder, number, partial(encoded, source, arguments))
-    part = rows_of(folder, number)
-    np.savez(part.with_suffix(".partial.npz"), samples=samples, **rows)
-    os.replace(part.with_suffix(".partial.npz"), part)
+    rows = WRITERS[arguments.format](source, samples, folder, number, read)
+    with complete(rows_of(folder, number)) as file:
+        np.savez(file, samples=samples, **rows)
     return len(samples)
 
 
@@ -190,14 +281,15 @@ def encoded(source: Source, arguments: argparse.Namespace, number: int) -> tuple
         image = source.images[number]
         if isinstance(image, np.ndarray):  # pixels: PNG loses nothing
             return saved(Image.fromarray(image), "PNG"), "png"
-        with Image.open(io.BytesIO(image)) as file:
+        with opened(image) as file:
             kind = file.format
             if arguments.max_side and max(file.size) > arguments.max_side:
                 file = ImageOps.exif_transpose(file).convert("RGB")
                 file.thumbnail((arguments.max_side, arguments.max_side), Image.Resampling.BICUBIC)
                 return saved(file, "JPEG", quality=arguments.quality), "jpg"
-        return image, {"JPEG": "jpg"}.get(kind, kind.lower())
-    except OSError as error:
+        # MPO: a telephone's JPEG with a second picture behind it.
+        return image, {"JPEG": "jpg", "MPO": "jpg"}.get(kind, kind.lower())
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {source.images.name(number)}: {error}. Mend or remove it.") from error
 
 
@@ -210,7 +302,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 def write_tar(source: Source, samples: np.ndarray, folder: Path, shard: int, read) -> dict:
     path = folder / f"{shard:06d}.tar"
     names, offset, length = [], [], []
-    with Complete(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with complete(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples.tolist():
             data, kind = read(sample)
             key = f"{sample:09d}"
@@ -237,7 +329,7 @@ def write_parquet(source: Source, samples: np.ndarray, folder: Path, shard: int,
     ]
     rows = pa.table({"image": images, "label": source.labels[samples]}, schema=features.arrow_schema)
     path = folder / f"{shard:06d}.parquet"
-    with Complete(path) as file:
+    with complete(path) as file:
         pq.write_table(rows, file, row_group_size=100)
     return {"checksum": checksum(path)}
 
@@ -251,7 +343,7 @@ def write_folder(source: Source, samples: np.ndarray, folder: Path, shard: int, 
         data, kind = read(sample)
         name = f"{source.classes[source.labels[sample]]}/{sample:09d}.{kind}"
         (folder / name).parent.mkdir(exist_ok=True)
-        with Complete(folder / name) as file:
+        with complete(folder / name) as file:
             file.write(data)
         names.append(os.fsencode(name))
     return {"names": names}
@@ -262,11 +354,16 @@ def rows_of(folder: Path, shard: int) -> Path:
     return folder / f".{shard:06d}.npz"
 
 
-def finish(source: Source, folder: Path, kind: str, count: int) -> None:
-    """One index in the source's order, of what each shard left; parquet needs none."""
-    if (folder / INDEX).exists() or kind == "parquet":
-        return
+def finish(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
+    """One index in the source's order, of what each shard left; beside parquet, which needs none, checksums."""
+    kind, count = arguments.format, count_shards(source, arguments)
     parts = [dict(np.load(rows_of(folder, shard))) for shard in range(count)]
+    if kind == "parquet":
+        with complete(folder / SUMS) as file:
+            file.write(
+                "".join(f"{part['checksum']}  {shard:06d}.parquet\n" for shard, part in enumerate(parts)).encode()
+            )
+        return
     order = np.argsort(np.concatenate([part["samples"] for part in parts]))
     column = lambda name: np.concatenate([part[name] for part in parts])[order]  # noqa: E731
     places = {}
@@ -276,8 +373,6 @@ def finish(source: Source, folder: Path, kind: str, count: int) -> None:
         places |= {"shards": [f"{number:06d}.tar" for number in range(count)]}
         places |= {"checksums": [str(part["checksum"]) for part in parts]}
     Index(column("names"), source.labels, source.classes, **places).save(folder / INDEX)
-    for shard in range(count):
-        rows_of(folder, shard).unlink()
 
 
 WRITERS = {"tar": write_tar, "parquet": write_parquet, "folder": write_folder}
@@ -293,25 +388,22 @@ def padded(length: int) -> int:
     return -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-class Complete:
-    """A file that has its name only when all of it is on the disk."""
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name only when all of it is on the disk; where it does not come to that, nothing stays."""
+    try:
+        with open(partial_of(path), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_of(path), path)
+    except BaseException:
+        partial_of(path).unlink(missing_ok=True)
+        raise
 
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
 
-    def __enter__(self):
-        self.file = open(self.partial, "wb")
-        return self.file
-
-    def __exit__(self, kind, *error):
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink()
+def partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def checksum(path: Path) -> str:
@@ -335,7 +427,7 @@ def parse() -> argparse.Namespace:
     add("--quality", type=int, default=90, help="of JPEGs that were shrunk (%(default)s)")
     add("--val_fraction", type=float, default=0.0, help="share held out, per class, where SOURCE says nothing of it")
     add("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    add("--dry_run", action="store_true", help="read some images, write nothing, say what packing would make")
+    add("--dry_run", action="store_true", help="pack some images, remove them again, say what packing would make")
     return parser.parse_args()
 
 
@@ -344,6 +436,8 @@ if __name__ == "__main__":
         main(parse())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenProcessPool:
+        sys.exit("error: a process was killed, perhaps for want of memory. Give fewer --num_workers; it goes on.")
     except OSError as error:
         remedy = "Make room; the same command goes on after what is complete." if error.errno in FULL else ""
         sys.exit(f"error: {error}. {remedy}")

@@ -7,10 +7,11 @@ says). Where neither can, simplejpeg decodes the whole image. All else goes thro
 all are missing, more slowly. The pixels are the same: all four use that library.
 """
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
 
 
 def _is_turned(jpeg: bytes) -> bool:
-    return jpeg.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(Image.open(BytesIO(jpeg))) != 1
+    return jpeg.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(jpeg) != 1
 
 
 def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
@@ -149,17 +150,29 @@ def intact(image: bytes) -> bool:
 
 def _decode_any(image: bytes) -> np.ndarray:
     """By PIL: upright, RGB, all of it."""
-    try:
-        file = Image.open(BytesIO(image))
-    except Image.UnidentifiedImageError:
-        raise ValueError("it is no image that PIL knows") from None  # PIL's own words have an address in memory
-    with file:
-        _refuse_bomb(*file.size)
+    with opened(image) as file:
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _orientation(image: bytes) -> int:
+    with opened(image) as file:
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+@contextlib.contextmanager
+def opened(image: bytes) -> Iterator[Image.Image]:
+    """By PIL, whose readers raise errors of any kind on damaged files, here and as they decode within the block: each
+    becomes a ValueError with its reason."""
+    try:
+        with Image.open(BytesIO(image)) as file:
+            _refuse_bomb(*file.size)
+            yield file
+    except Image.UnidentifiedImageError:
+        raise ValueError("it is no image that PIL knows") from None  # PIL's own words have an address in memory
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"PIL cannot read it: {type(error).__name__}: {error}") from error
 
 
 def _refuse_bomb(width: int, height: int) -> None:

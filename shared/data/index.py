@@ -5,25 +5,31 @@ once and the processes of a node share their pages. It stands beside packed tar 
 import hashlib
 import json
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+
+from ..config import UserError
 
 NAME = "index.safetensors"  # beside shards
+PATIENCE = 30  # seconds until a file that another node wrote is seen by all: some systems keep for a while what lacks
 
 
 @dataclass(frozen=True)
 class Index:
     """N samples. names: (N,) bytes, a file below the folder or a key in a shard. labels: (N,) int64, -1 where a sample
     names no class. shards: files below the folder; shard, offset, length: (N,), where each image's bytes lie in them.
-    checksums: blake2b of each shard, empty where shards are another program's."""
+    checksums: blake2b of each shard, None where shards are another program's. torn: what was wrong with some."""
 
     names: np.ndarray
     labels: np.ndarray
@@ -33,6 +39,7 @@ class Index:
     offset: np.ndarray | None = None
     length: np.ndarray | None = None
     checksums: list[str] | None = None
+    torn: list[str] | None = None
 
     def take(self, numbers: np.ndarray) -> "Index":
         """Some of the samples, in this order."""
@@ -47,12 +54,15 @@ class Index:
         if self.shards is not None:
             kinds = {"shard": np.int32, "offset": np.int64, "length": np.int64}
             arrays |= {name: getattr(self, name).astype(kind) for name, kind in kinds.items()}
-        lists = json.dumps({name: getattr(self, name) for name in ("classes", "shards", "checksums")})
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(
-            {name: torch.from_numpy(array) for name, array in arrays.items()}, partial, metadata={"lists": lists}
-        )
-        os.replace(partial, path)
+        lists = json.dumps({name: getattr(self, name) for name in ("classes", "shards", "checksums", "torn")})
+        data = save({name: torch.from_numpy(array) for name, array in arrays.items()}, {"lists": lists})
+        partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        try:
+            partial.write_bytes(data)  # safetensors' own save_file has an error of its own for a full disk
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(path: Path) -> "Index":
@@ -74,14 +84,63 @@ def cache_folder() -> Path:
     return Path(home) / "dlojz-recipes"
 
 
-def cached(what: Path, changed: float, build: Callable[[], Index]) -> Index:
-    """The index of a folder that has none, from the cache of `$SCRATCH` or of the user. Rank 0 builds it where it is
-    missing or older than the folder; the others wait for the file, for as long as that takes."""
-    key = hashlib.blake2b(f"{what.resolve()}\n{changed}".encode(), digest_size=12).hexdigest()
-    path = cache_folder() / f"{key}.safetensors"
-    if not path.exists() and PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        build().save(path)
-    while not path.exists():
+def cached(what: Path, entries: Iterable[Path], build: Callable[[], Index]) -> Index:
+    """The index of a folder that has none, from the cache. Rank 0 builds it where it is missing, or where one of the
+    entries, on which it depends, has changed; the others wait, for as long as that takes.
+
+    Every process must call it. Raises UserError on each of them where rank 0 could not.
+    """
+    path = cache_folder() / f"{_key(what, entries)}.safetensors"
+    _by_main_process(lambda: path.exists() or _build(build, path))
+    until = time.monotonic() + PATIENCE
+    while not path.exists() and time.monotonic() < until:
         time.sleep(0.1)
+    if not path.exists():  # rank 0's cache is a disk of another node
+        _build(build, path)
     return Index.load(path)
+
+
+def _key(what: Path, entries: Iterable[Path]) -> str:
+    """A hash of a folder's place and of the names, sizes and times of change of itself and the entries."""
+    try:
+        stats = [(path.name, path.stat()) for path in (what, *entries)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}. Mend or remove it.") from error
+    states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.blake2b(f"{what.resolve()}\n{states}".encode(), digest_size=12).hexdigest()
+
+
+def _build(build: Callable[[], Index], path: Path) -> None:
+    index = build()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index.save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Let SCRATCH name a folder with room.") from error
+
+
+def _by_main_process(work: Callable[[], object]) -> None:
+    """Rank 0 does it, the others wait; its error is everyone's."""
+    state = PartialState()
+    if state.num_processes == 1:
+        work()
+        return
+    ends: list[str] = []  # of rank 0: the error, empty for none, when there is one
+    thread = Thread(target=lambda: ends.append(_error_of(work)), daemon=True)
+    if state.is_main_process:
+        thread.start()
+    end = None
+    while end is None:  # many short messages: one for which the others waited would run into a timeout
+        if state.is_main_process:
+            thread.join(1)
+        (end,) = broadcast_object_list(ends[:1] or [None])
+    if end:
+        raise UserError(end)
+
+
+def _error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+        return ""
+    except Exception as error:
+        return str(error) or repr(error)

@@ -30,8 +30,8 @@ from .sources import Source
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-# Of a worker's batches two are asked for (PyTorch's prefetch_factor), one is in use, one is being written.
-SLOTS = 4
+PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
+MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
 _slots: deque[Tensor | None] = deque()
 TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
@@ -91,7 +91,7 @@ class Views(Dataset):
     def fill(self, places: Sequence[Iterator[Candidate]]) -> Batch:
         """Each place of a batch takes the first of its candidates that can be decoded, or stays empty.
 
-        Raises UserError where as many as there are images in all cannot be.
+        Raises UserError where MOST_TRIES in a row, or all that there are, cannot be.
         """
         images = _pixels(len(places), self.image_size, self.image_size, 3)
         indices, labels = np.full(len(places), -1), np.zeros(len(places), dtype=np.int64)
@@ -108,8 +108,10 @@ class Views(Dataset):
                     labels[row] = TORN
                     if counts:
                         torn.append(f"{self.source.images.name(index)}: {error}")
-                    if tries + 1 >= len(self):
-                        raise UserError(f"not one of {len(self)} images can be decoded. Look at {torn[-1]}") from error
+                    if tries + 1 >= min(len(self), MOST_TRIES):
+                        raise UserError(
+                            f"{tries + 1} images in a row cannot be decoded, such as {torn[-1]}"
+                        ) from error
             else:
                 images[row] = 0
         known = digest(indices.tolist(), seeds.tolist())
@@ -134,10 +136,10 @@ def _pixels(*shape: int) -> Tensor:
     return _slots[0]
 
 
-def _reuse_memory(worker: int) -> None:
+def _reuse_memory(slots: int, worker: int) -> None:
     """For a worker of a Loader, which has copied a batch before it asks for the next one: new shared memory for each
     would cost a page fault for every 4 KiB."""
-    _slots.extend([None] * SLOTS)
+    _slots.extend([None] * slots)
     ignore_signals()
 
 
@@ -150,7 +152,7 @@ def _end_workers() -> None:
             worker.kill()
 
 
-def worker_options(num_workers: int, device: torch.device) -> dict:
+def worker_options(num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH) -> dict:
     """What every DataLoader of this collection is given; a batch of its workers is good until the next one but one."""
     return {
         "collate_fn": _as_is,
@@ -159,7 +161,9 @@ def worker_options(num_workers: int, device: torch.device) -> dict:
         "pin_memory": device.type == "cuda",
         # Its own: a draw from the global state would make initial weights depend on the number of workers.
         "generator": torch.Generator(),
-        "worker_init_fn": _reuse_memory,
+        # Beside the batches that are ready, one is in use and one is being written.
+        "worker_init_fn": partial(_reuse_memory, prefetch_factor + 2),
+        "prefetch_factor": prefetch_factor if num_workers else None,
         # Forked workers start at once; Python 3.14's default imports torch anew in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
     }
@@ -214,7 +218,10 @@ class Loader:
         batches = iter(self.batches)
         while True:
             begin = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except UserError as error:  # of a worker: torch has put its traceback before the line
+                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
             if batch is None:
                 return
             for name in batch.torn:

@@ -3,10 +3,12 @@
 
 import csv
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,10 +16,11 @@ from ..config import UserError
 from .index import NAME as INDEX
 from .index import Index, cached
 from .order import Blocks, random_bits
-from .shards import scan
-from .storage import Files, Images, Members, Pixels, Rows
+from .shards import numbered, scan
+from .storage import Files, Images, Members, Pixels, Rows, class_numbers
 
 HELD_OUT = ("val", "valid", "validation", "test")
+FEW_CLASSES = 1000  # a small part of ImageNet has that many
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -85,17 +88,18 @@ def _from_folder(path: Path, val_fraction: float, seed: int) -> tuple[Source, So
     if not train.is_dir():
         if held_out:
             raise UserError(f"{path} has {held_out[0].name}/ but no train/. Add it, or list the images in a CSV.")
-        return split(_scan(path), val_fraction, seed, path)
+        return _split_numbered(_scan(path), val_fraction, seed, path)
     if not held_out:
-        return split(_scan(train), val_fraction, seed, path)
+        return _split_numbered(_scan(train), val_fraction, seed, path)
     if len(held_out) > 1:
         names = " and ".join(folder.name for folder in held_out)
         raise UserError(f"{path} has {names}. Keep one of them, or list the images in a CSV.")
     _refuse_fraction(val_fraction, str(held_out[0]))
     sources = _scan(train), _scan(held_out[0])
-    if all(source.classes == [str(label) for label in range(len(source.classes))] for source in sources):
+    if all(source.classes == numbered(len(source.classes)) for source in sources):
         # Classes without names are as many as the greatest label that a part happens to hold.
         classes = max((source.classes for source in sources), key=len)
+        _refuse_stray_label(len(classes), len(sources[0]), path)
         return replace(sources[0], classes=classes), replace(sources[1], classes=classes)
     _same_classes(*sources, path)
     return sources
@@ -112,10 +116,11 @@ def _scan(folder: Path) -> Source:
         if missing:
             raise UserError(f"{folder / INDEX} lists {min(missing)}, which is not there. Copy it, or pack anew.")
     elif shards:
-        index = cached(folder, max(shard.stat().st_mtime for shard in shards), lambda: scan(folder, shards))
+        index = cached(folder, shards, lambda: scan(folder, shards))
     else:
-        changed = max(os.stat(entry).st_mtime for entry in (folder, *os.scandir(folder)))
-        index = cached(folder, changed, lambda: _of_class_folders(folder))
+        index = cached(folder, _class_folders(folder), lambda: _of_class_folders(folder))
+    if index.torn and PartialState().is_main_process:
+        print(*(f"torn shard: {shard}" for shard in index.torn), sep="\n", file=sys.stderr, flush=True)
     images = Members(str(folder), index) if shards else Files(str(folder), index.names)
     return Source(images, index.labels, index.classes, Blocks(index.shard, 0) if shards else None)
 
@@ -134,12 +139,17 @@ def _from_datasets(folder: Path, tables: list[Path]) -> Source:
     if not {datasets.Image, datasets.ClassLabel} <= set(kinds):
         raise UserError(f"{folder}: its columns are {dict(rows.features)}. An Image and a ClassLabel are needed.")
     image, label = kinds[datasets.Image], kinds[datasets.ClassLabel]
-    labels = np.asarray(rows.data.table[label], dtype=np.int64)
-    return Source(Rows(rows.data.table[image], str(folder)), labels, rows.features[label].names)
+    classes = rows.features[label].names
+    labels = class_numbers(rows.data.table[label], len(classes))
+    return Source(Rows(rows.data.table[image], str(folder)), labels, classes)
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _of_class_folders(folder: Path) -> Index:
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = [entry.name for entry in _class_folders(folder)]
     if not classes:
         raise UserError(f"{folder} holds no class folders. Put the images of each class into a folder of its own.")
     names, labels = [], []
@@ -168,7 +178,8 @@ def _from_csv(path: Path, val_fraction: float, seed: int) -> tuple[Source, Sourc
         if not row["path"] or not row["label"]:
             raise UserError(f"{path}, line {number}: path or label is empty. Complete the line or remove it.")
     classes = sorted({row["label"] for row in rows})
-    labels = np.array([classes.index(row["label"]) for row in rows], dtype=np.int64)
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[row["label"]] for row in rows], dtype=np.int64)
     first = path.parent / rows[0]["path"]  # any other that is missing is counted as torn
     if not first.is_file():
         raise UserError(f"{path} names {first}, which does not exist. Paths are relative to the CSV's folder.")
@@ -206,6 +217,18 @@ def split(everything: Source, val_fraction: float, seed: int, path: Path) -> tup
         members = order[everything.labels[order] == label]
         held_out[members[: min(max(1, round(len(members) * val_fraction)), len(members) - 1)]] = True
     return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
+
+
+def _split_numbered(everything: Source, val_fraction: float, seed: int, path: Path) -> tuple[Source, Source]:
+    if everything.classes == numbered(len(everything.classes)):
+        _refuse_stray_label(len(everything.classes), len(everything), path)
+    return split(everything, val_fraction, seed, path)
+
+
+def _refuse_stray_label(classes: int, images: int, path: Path) -> None:
+    """The network would have an output for each number up to it."""
+    if classes > max(images, FEW_CLASSES):
+        raise UserError(f"{path} has the label {classes - 1}, but {images} training images in all. Mend that label.")
 
 
 def _same_classes(train: Source, held_out: Source, path: Path) -> None:

@@ -2,14 +2,14 @@
 """Where images lie, each read at random by its number: in memory, in files, in tar shards, in a parquet table."""
 
 import os
-from collections import OrderedDict
+import resource
 from typing import Protocol
 
 import numpy as np
 
 from .index import Index
 
-OPEN_SHARDS = 128  # files that one process keeps open
+OPEN_FILES = 4096  # that a process asks for: ImageNet has 641 shards, and many systems give 1,024 unless asked
 
 
 class Images(Protocol):
@@ -58,28 +58,61 @@ class Files:
         return Files(self.folder, self.names[numbers])
 
 
+class Descriptor:
+    """A file open for reading, closed when nothing refers to it any more."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):  # there was such a file
+            os.close(self.number)
+
+
+def open_shards() -> int:
+    """How many shards one source keeps open: a quarter of the files that this process may open, after it asked for
+    more, for there are a training and a held-out part, and other things."""
+    soft, hard = (OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in limits())
+    if soft < min(OPEN_FILES, hard):
+        soft = min(OPEN_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits()[1]))
+    return max(1, min(OPEN_FILES, soft) // 4)
+
+
+def limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
 class Members:
     """Images within uncompressed tar shards, read at the offset that the index gives."""
 
     def __init__(self, folder: str, index: Index):
-        self.folder, self.index, self.files = folder, index, OrderedDict()
+        self.folder, self.index = folder, index
+        self.files: dict[int, Descriptor] = {}  # the one that was used last is the last
+        self.most = open_shards()
 
     def __getitem__(self, number: int) -> bytes:
         index = self.index
         length = int(index.length[number])
-        data = os.pread(self._open(int(index.shard[number])), length, int(index.offset[number]))
+        # Held until all is read: another thread may drop the file from `files` meanwhile.
+        file = self._open(int(index.shard[number]))
+        data = os.pread(file.number, length, int(index.offset[number]))
         if len(data) < length:
             raise OSError(f"the shard ends {length - len(data)} bytes too early")
         return data
 
-    def _open(self, shard: int) -> int:
-        """A descriptor. Reads name their position, so that processes which were forked may share it."""
-        if shard not in self.files:
-            if len(self.files) >= OPEN_SHARDS:
-                os.close(self.files.popitem(last=False)[1])
-            self.files[shard] = os.open(os.path.join(self.folder, self.index.shards[shard]), os.O_RDONLY)
-        self.files.move_to_end(shard)
-        return self.files[shard]
+    def _open(self, shard: int) -> Descriptor:
+        """Reads name their position, so that threads, and processes which were forked, may share it. There is no lock,
+        which a fork could find locked for ever: each line is whole by itself, and at worst two threads open a file."""
+        file = self.files.pop(shard, None) or Descriptor(os.path.join(self.folder, self.index.shards[shard]))
+        if len(self.files) >= self.most:
+            for oldest in list(self.files)[:1]:
+                self.files.pop(oldest, None)
+        self.files[shard] = file
+        return file
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"files": {}}  # another process has no such descriptors
 
     def name(self, number: int) -> str:
         shard = self.index.shards[self.index.shard[number]]
@@ -107,3 +140,9 @@ class Rows:
 
     def take(self, numbers: np.ndarray) -> "Rows":
         return Rows(self.column, self.where, self.rows[numbers])
+
+
+def class_numbers(column, count: int) -> np.ndarray:
+    """(N,) int64 of a pyarrow column of labels; -1 where it is null or names none of the `count` classes."""
+    labels = np.asarray(column.fill_null(-1), dtype=np.int64)
+    return np.where((labels >= 0) & (labels < count), labels, -1)
