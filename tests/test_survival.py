@@ -189,8 +189,9 @@ def test_two_signals_within_a_save_of_two_processes_do_not_harm_it(planted, tmp_
         assert process.returncode == 0, process.stdout
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["status"], summary["stop_reason"]) == ("interrupted", "signal")
-        assert [damage(path) for path in checkpoints(folder / "checkpoints")] == [None, None]
-        assert checkpoints(folder / "checkpoints")[0].name == "step-00000004"
+        there = checkpoints(folder / "checkpoints")
+        assert there[-1].name == f"step-{summary['steps']:08d}"
+        assert not [damage(path) for path in there if damage(path)]
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(server: Server, runs, data, whole):
@@ -303,7 +304,7 @@ def test_damage_is_named_and_the_one_before_it_taken(server: Server, data, whole
     assert "step-00000024 is damaged: tensors-00000.safetensors is not what was written" in process.stdout
     assert "step-00000020 is damaged: manifest.json is missing; the one before it is taken" in process.stdout
     assert "resumed at step 16" in process.stdout
-    kept = [f"aside-{step:08d}" for step in (20, 24)] + [f"step-{step:08d}" for step in (28, 32)]
+    kept = [f"aside-{step:08d}" for step in (20, 24)] + [f"step-{step:08d}" for step in (24, 28, 32)]  # 24: the best
     assert sorted(path.name for path in folder.iterdir()) == kept
     twice = server.launch(vit_words(copied, data, "--max_steps", "40"))
     assert "resumed at step 32" in twice.stdout, twice.stdout
