@@ -95,13 +95,20 @@ def build(recipe, accelerator, config) -> tuple:
     return model, pipeline, accelerator.prepare_optimizer(optimizer), scheduler
 
 
+class NoImages(list):
+    """As much of a data set as a run looks at."""
+
+    source = SimpleNamespace(classes=[str(number) for number in range(CLASSES)])
+
+
 def train(recipe, config, folder: Path, watch: AbstractContextManager, before_update: Callable | None = None) -> int:
     """Two steps of the recipe's own loop on made-up images, the second watched; returns this process's rank."""
     accelerator = build_accelerator(0, config, getattr(recipe, "STRATEGIES", ("ddp",)))
     model, pipeline, optimizer, scheduler = build(recipe, accelerator, config)
     flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
     run_config = RunConfig(output_dir=str(folder / "run"), **flags)
-    run = Run(accelerator, run_config, config, [str(number) for number in range(CLASSES)], STEPS)
+    data = SimpleNamespace(dataset=NoImages(), order=SimpleNamespace(steps_per_epoch=STEPS))
+    run = Run(accelerator, run_config, config, data, data)
     images = config.global_batch_size // data_parallel(accelerator)[1]
     size, device = config.image_size, accelerator.device
     ones = [

@@ -51,9 +51,9 @@ def main() -> None:
 def measure(run_config: RunConfig, config: resnet.Config) -> list[tuple[float, float]]:
     """Seconds a step of (recipe, bare loop) in each pair of epochs but the first."""
     accelerator = build_accelerator(run_config.seed, config)
-    loader, _ = resnet.build_loaders(accelerator, run_config, config)
+    loader, eval_loader = resnet.build_loaders(accelerator, run_config, config)
     steps = loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, loader.dataset.source.classes, steps)
+    run = Run(accelerator, run_config, config, loader, eval_loader)
     model, optimizer, scheduler = build(config, steps)
     model, optimizer = resnet.parallelize(accelerator, model, optimizer, config)
     bare = bare_epoch(accelerator.device, run_config, config, loader.dataset, steps)

@@ -220,7 +220,7 @@ def main(run_config, config):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    run = Run(accelerator, run_config, config, train_loader, eval_loader)
     if not run.finished:
         set_position(train_loader, run.checkpoint, run_config.num_workers)
         model = build_model(config, len(classes))

@@ -182,7 +182,7 @@ def main(run_config, config):
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+    run = Run(accelerator, run_config, config, train_loader, eval_loader)
     if not run.finished:
         model = build_model(config, len(classes), run_config.seed)
         model = parallelize(accelerator, model, config, run_config.seed)

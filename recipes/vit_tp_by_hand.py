@@ -434,7 +434,7 @@ def main(run_config, config):
     if config.check:
         check(config, sizes, run_config.seed, accelerator.device)
     else:
-        run = Run(accelerator, run_config, config, classes, steps_per_epoch)
+        run = Run(accelerator, run_config, config, train_loader, eval_loader)
         if not run.finished:
             model = build_model(config, sizes, run_config.seed, accelerator.device)
             optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)

@@ -2,6 +2,7 @@
 """Build the Accelerator that the launcher asked for, on GPUs or, without them, on CPU processes."""
 
 import ctypes
+import functools
 import importlib.util
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError
+from .config import SIZES, UserError
 
 # Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
@@ -31,7 +33,6 @@ GRACE = 45  # seconds for a last checkpoint; a new start waits 60 for the folder
 
 # Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
 MESH = ("pp", "dp", "tp")
-SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
 
 
 def mixed_precision() -> str:
@@ -136,10 +137,16 @@ def on_main_process(accelerator: Accelerator, function, *arguments):
         except UserError as error:
             outcome[1] = str(error)
     if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(outcome, src=0)
+        torch.distributed.broadcast_object_list(outcome, src=0, group=_patient_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+@functools.cache
+def _patient_group() -> torch.distributed.ProcessGroup:
+    """For waits on rank 0 while it reads whole checkpoints or lists the data: NCCL would give up after ten minutes."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=3))
 
 
 def _variable(name: str, default: str) -> str:

@@ -17,8 +17,9 @@ import json
 import os
 import shutil
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +43,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 MANIFEST, STATE = "manifest.json", "state.json"
 ZERO = "zero"  # DeepSpeed's folder within a checkpoint
+ASIDE = "aside-"  # instead of step-: see put_aside
 # One entry a parameter, not one a group: then each process of a pipeline can bring its own parameters.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -60,6 +62,7 @@ class Checkpoints:
         self.background, self.buffers = background, {}
         self.thread: threading.Thread | None = None
         self.error: SaveError | None = None
+        self.begin, self.seconds = 0.0, 0.0  # of the save at work; that the longest took until it was durable
         self.alone = accelerator.num_processes == 1
         # A group of its own: the thread's messages must not come between the training's.
         self.group = None if self.alone else torch.distributed.new_group(backend="gloo")
@@ -69,42 +72,36 @@ class Checkpoints:
     ) -> None:
         """Write step-XXXXXXXX of state["step"], then remove what need not be kept.
 
-        state is for the resume, manifest for people and tools; both in what JSON can hold. Raises SaveError; every
-        checkpoint that was complete then still is.
+        state is for the resume, manifest for people and tools; both in what JSON can hold. Raises SaveError on every
+        process; every checkpoint that was complete then still is. One at a time: call `wait` before.
         """
-        if self.thread:
-            self.thread.join()  # one at a time; `failure` has what went wrong with it
+        assert self.thread is None
+        self.begin = time.monotonic()
         final, temporary = (self.folder / f"{word}-{state['step']:08d}" for word in ("step", "tmp"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         state = {**state, "scheduler": scheduler.state_dict(), "scaler": scaler}
         manifest = {"step": state["step"], "identity": self.identity, **manifest}
-        if not self._agreed(lambda: _make(temporary, final), on_main=True)[0]:
-            return  # a run that was started from an older checkpoint comes by here again: the step decides the content
         tensors = {}
-        if strategy().startswith("zero"):
-            self._agreed(lambda: tensors.update(_zero_tensors(temporary, self.accelerator, model)))
-        else:
-            whole = model.module if isinstance(model, DistributedDataParallel) else model
-            tensors = _share(_tensors(whole, _unwrapped(optimizer)), whole, *data_parallel(self.accelerator))
+        with self._removed_on_failure(temporary):
+            self.agreed(lambda: _make(temporary), on_main=True)
+            self.agreed(lambda: tensors.update(self._taken(temporary, model, optimizer)))
         if self.background:
-            arguments = temporary, final, tensors, self._staged(tensors), state, manifest
+            arguments = temporary, final, tensors, self.buffers, state, manifest
             self.thread = threading.Thread(target=self._write_behind, args=arguments, daemon=True)
             self.thread.start()
         else:
             self._write(temporary, final, tensors, None, state, manifest)
 
-    def wait(self) -> None:
-        """Until the save in the background is durable; raises its SaveError."""
+    def wait(self) -> SaveError | None:
+        """Until the save in the background is durable; what went wrong with it, once, the same on every process."""
         if self.thread:
             self.thread.join()
-            self.thread = None
-        if error := self.failure():
-            raise error
+        error, self.thread, self.error = self.error, None, None
+        return error
 
     def failure(self) -> SaveError | None:
-        """What went wrong with a save in the background, once."""
-        error, self.error = self.error, None
-        return error
+        """As `wait`, if it has ended. Processes may see that at different steps: it is for a message only."""
+        return None if self.thread and self.thread.is_alive() else self.wait()
 
     def _write_behind(self, *arguments) -> None:
         try:
@@ -114,8 +111,18 @@ class Checkpoints:
         except Exception as error:  # of a connection to a process that is gone: the training will find it as well
             self.error = SaveError(str(error))
 
-    def _staged(self, tensors: dict) -> dict[str, Tensor]:
-        """This process's parts, copied into memory of the host that is used again by the next save."""
+    def _taken(self, temporary: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        """What this process writes; for the background, its values are copied."""
+        if strategy().startswith("zero"):
+            return _zero_tensors(temporary, self.accelerator, model)
+        whole = model.module if isinstance(model, DistributedDataParallel) else model
+        tensors = _share(_tensors(whole, _unwrapped(optimizer)), whole, *data_parallel(self.accelerator))
+        if self.background:
+            self._stage(tensors)
+        return tensors
+
+    def _stage(self, tensors: dict) -> None:
+        """Copy this process's parts into memory of the host that is used again by the next save."""
         cuda = self.accelerator.device.type == "cuda"
         for name, tensor in tensors.items():
             part = local(tensor)
@@ -124,18 +131,24 @@ class Checkpoints:
             self.buffers[name].copy_(part, non_blocking=True)
         if cuda:
             torch.cuda.synchronize()
-        return self.buffers
 
     def _write(
         self, temporary: Path, final: Path, tensors: dict, staged: dict | None, state: dict, manifest: dict
     ) -> None:
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
-        try:
+        with self._removed_on_failure(temporary):
             self._save_tensors(tensors, TensorWriter(temporary, rank, staged))
-            names = self._agreed(lambda: _finish(temporary, state), on_main=True)[0]
-            sums = self._agreed(lambda: {name: _sum(temporary / name) for name in names[rank::size]})
+            names = self.agreed(lambda: _finish(temporary, state), on_main=True)[0]
+            sums = self.agreed(lambda: {name: _sum(temporary / name) for name in names[rank::size]})
             manifest["files"] = {name: entry for part in sums for name, entry in part.items()}
-            self._agreed(lambda: _publish(temporary, final, manifest, self.keep), on_main=True)
+            self.agreed(lambda: _publish(temporary, final, manifest, self.keep), on_main=True)
+        self.seconds = max(self.seconds, time.monotonic() - self.begin)
+
+    @contextlib.contextmanager
+    def _removed_on_failure(self, temporary: Path) -> Iterator[None]:
+        """So that a part of a checkpoint does not fill a disk that has no room for the whole."""
+        try:
+            yield
         except SaveError:
             if self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -148,14 +161,14 @@ class Checkpoints:
             rank, (problem, _) = next(iter(error.failures.items()))
             raise SaveError(f"{problem} (process {rank})") from error
 
-    def _agreed(self, function: Callable, on_main: bool = False) -> list:
-        """What each process's call gave. Where one raises OSError or RuntimeError, all of them raise SaveError."""
+    def agreed(self, function: Callable, on_main: bool = False) -> list:
+        """What each process's call gave. Where one of them fails, all raise SaveError, so that none leaves alone."""
         outcome = None, None
         if self.accelerator.is_main_process or not on_main:
             try:
                 outcome = function(), None
-            except (OSError, RuntimeError) as error:
-                outcome = None, str(error)
+            except Exception as error:
+                outcome = None, str(error) or type(error).__name__
         outcomes = [outcome]
         if not self.alone:
             outcomes = [None] * self.accelerator.num_processes
@@ -166,13 +179,9 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
 
-def _make(temporary: Path, final: Path) -> bool:
-    """Whether there is anything to do: not where the checkpoint is there and whole."""
-    if final.exists() and not damage(final, contents=False):
-        return False
+def _make(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    return True
 
 
 def _finish(temporary: Path, state: dict) -> list[str]:
@@ -184,9 +193,7 @@ def _publish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
     write_json(temporary / MANIFEST, manifest)
     for folder in {(temporary / name).parent for name in manifest["files"]}:
         to_disk(folder)
-    if final.exists():
-        _remove(final)  # it is torn, or this step would not have been saved again
-    os.rename(temporary, final)
+    os.rename(temporary, final)  # none is there: `put_aside` has moved those past the one that was resumed
     to_disk(final.parent)
     for old in superfluous(final.parent, keep):
         _remove(old)
@@ -257,17 +264,35 @@ def _zero_tensors(folder: Path, accelerator: Accelerator, model: nn.Module) -> d
     """Write DeepSpeed's shards for its own resume; rank 0 gets the whole weights in fp32 under their plain names."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    model.save_checkpoint(str(folder), tag=ZERO, save_latest=False)
-    rank, main = accelerator.process_index, accelerator.is_main_process
-    for path in (folder / ZERO).iterdir():
-        if f"pp_rank_{rank}_" in path.name or (main and "pp_rank_" not in path.name):
-            to_disk(path)
+    failures = _save_zero(folder, model)
     weights = {}
     for name, parameter in model.module.named_parameters():
         whole = safe_get_full_fp32_param(parameter)  # gathers: every process must call it
-        if main:
+        if accelerator.is_main_process:
             weights[f"model.{name}"] = whole.cpu()
+    if failures:
+        raise failures[0]
     return weights
+
+
+def _save_zero(folder: Path, model: nn.Module) -> list[Exception]:
+    """What went wrong with this process's files. An exception within save_checkpoint would leave the others in its
+    barriers: it is to be raised when all are through."""
+    engine, failures = model.checkpoint_engine, []
+    write = engine.save
+
+    def save(state_dict: dict, path: str) -> None:
+        try:
+            write(state_dict, path)
+            to_disk(path)
+        except Exception as error:
+            failures.append(error)
+
+    model._copy_recovery_script = lambda folder: None  # it could fail as well, and tools/export.py needs no script
+    engine.save = save
+    model.save_checkpoint(str(folder), tag=ZERO, save_latest=False)
+    engine.save = write
+    return failures
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -299,24 +324,35 @@ def load_checkpoint(
 def _load(
     path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
 ) -> dict:
+    _refuse_other_zero(path, accelerator.num_processes)
     if strategy().startswith("zero"):
         _load_zero(path, model)
     else:
-        weights, moments = get_state_dict(model, _unwrapped(optimizer), options=FLAT)
-        tensors, reader = _named(weights, moments), TensorReader(path)
-        _check_names(path, set(reader.read_metadata().state_dict_metadata), set(tensors), accelerator)
-        # Into the tensors themselves; set_state_dict then tells those of them that the optimizer has made anew.
-        dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
-        states = {"model_state_dict": weights, "optim_state_dict": moments}
-        set_state_dict(model, _unwrapped(optimizer), **states, options=FLAT)
+        _load_tensors(path, accelerator, model, _unwrapped(optimizer))
     state = read_state(path)
-    if accelerator.scaler:
+    if accelerator.scaler and state["scaler"]:  # none: written in another precision, which --resume_override names
         accelerator.scaler.load_state_dict(state["scaler"])
     rates = scheduler.base_lrs
     scheduler.load_state_dict(state["scheduler"])
     scheduler.base_lrs, scheduler.last_epoch = rates, scheduler.last_epoch - 1
     scheduler.step()  # to the rates of this configuration, which --resume_override may have changed
     return state
+
+
+def _load_tensors(path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    weights, moments = get_state_dict(model, optimizer, options=FLAT)
+    reader = TensorReader(path)
+    there = set(reader.read_metadata().state_dict_metadata)
+    if not any(name.startswith("optimizer.") for name in there):
+        moments = {}  # every step so far was skipped
+    tensors = _named(weights, moments)
+    _check_names(path, there, set(tensors), accelerator)
+    # Into the tensors themselves; set_state_dict then tells those of them that the optimizer has made anew.
+    dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
+    if moments:
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
+    else:
+        optimizer.state.clear()  # get_state_dict has made one
 
 
 def read_state(path: Path) -> dict:
@@ -349,17 +385,22 @@ def _check_names(path: Path, there: set[str], mine: set[str], accelerator: Accel
             raise UserError(f"{path} {verb} {names}. Resume with the model and optimizer that wrote it.")
 
 
-def _load_zero(path: Path, model: nn.Module) -> None:
-    """Raises UserError where another strategy, or another number of processes, wrote the checkpoint."""
-    shards, size = len(list((path / ZERO).glob("*_optim_states.pt"))), torch.distributed.get_world_size()
-    if shards != size:
-        run_folder = path.parent.parent
+def _refuse_other_zero(path: Path, processes: int) -> None:
+    """DeepSpeed's state is of one stage and one number of processes; raises UserError for any other."""
+    manifest = read_manifest(path)
+    wrote, here = (manifest.get("strategy"), manifest.get("world_size")), (strategy(), processes)
+    if wrote != here and "zero" in f"{wrote}{here}":
         raise UserError(
-            f"{path} was written by {shards} ZeRO processes; here are {size}. Resume with that strategy and number, "
-            f"or start from its weights: `python tools/export.py {run_folder} weights`, then --pretrained weights and "
-            "another --output_dir."
+            f"{path} was written by {wrote[0]} on {wrote[1]} processes; here is {here[0]} on {here[1]}. Resume as it "
+            f"was written, or start from its weights: `python tools/export.py {path.parent.parent} weights`, then "
+            "--pretrained weights and another --output_dir."
         )
-    model.load_checkpoint(str(path), tag=ZERO)
+
+
+def _load_zero(path: Path, model: nn.Module) -> None:
+    loaded, _ = model.load_checkpoint(str(path), tag=ZERO)
+    if loaded is None:
+        raise OSError("DeepSpeed found nothing to load")
 
 
 # Looking at what is there
@@ -411,27 +452,60 @@ def superfluous(folder: Path, keep: int) -> list[Path]:
 def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> tuple[Path | None, list[str]]:
     """What `--resume_from_checkpoint` means here, None for a fresh start; and a line for each damaged one passed over.
 
+    A path begins the folder's run, or takes it back to one of its own checkpoints. It does so once: what was written
+    since is newer, and a job that is started again with the same command goes on from there.
+
     Raises UserError for a path that is no whole checkpoint, for `never` where the folder holds one, and where all are
     damaged.
     """
     there = checkpoints(folder)
     if resume_from_checkpoint == "never" and there:
         raise UserError(f"{folder.parent} holds a run. Remove that folder, or give another --output_dir.")
+    newest, passed = _newest_whole(there)
     if resume_from_checkpoint not in ("auto", "never"):
         path = Path(resume_from_checkpoint).resolve()
-        reason = damage(path) if path.name.startswith("step-") else "a checkpoint is a folder step-XXXXXXXX"
-        if reason:
-            raise UserError(
-                f"--resume_from_checkpoint {resume_from_checkpoint} is no whole checkpoint: {reason}. "
-                "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
-            )
-        return path, []
+        if newest is None or not _follows(newest, path):
+            return _named_checkpoint(path, resume_from_checkpoint), []
+    elif newest is None and passed:
+        raise UserError(f"{passed[0]}, and no other is whole. Remove {folder.parent} to start afresh.")
+    return newest, passed
+
+
+def _newest_whole(there: list[Path]) -> tuple[Path | None, list[str]]:
     passed = []
     for path in reversed(there):
         reason = damage(path)
         if reason is None:
             return path, passed
         passed.append(f"{path} is damaged: {reason}")
-    if passed:
-        raise UserError(f"{passed[0]}, and no other is whole. Remove {folder.parent} to start afresh.")
-    return None, []
+    return None, passed
+
+
+def _follows(newest: Path, path: Path) -> bool:
+    """Whether a folder's newest checkpoint, rather than the path that was given, is to be gone on from."""
+    elsewhere = path.parent != newest.parent.resolve()
+    return (
+        path.name.startswith("step-")
+        and newest.name > path.name
+        and (elsewhere or read_manifest(newest).get("begun_from") == str(path))
+    )
+
+
+def _named_checkpoint(path: Path, given: str) -> Path:
+    reason = damage(path) if path.name.startswith("step-") else "a checkpoint is a folder step-XXXXXXXX"
+    if reason:
+        raise UserError(
+            f"--resume_from_checkpoint {given} is no whole checkpoint: {reason}. "
+            "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
+        )
+    return path
+
+
+def put_aside(folder: Path, checkpoint: Path) -> None:
+    """Rename what lies past the checkpoint that is gone on from, damaged or not: it is no part of the run any more,
+    would block the saves of these steps, and is the user's to look at and to remove."""
+    for path in checkpoints(folder):
+        if path.name > checkpoint.name:
+            beside = path.with_name(path.name.replace("step-", ASIDE))
+            shutil.rmtree(beside, ignore_errors=True)
+            os.rename(path, beside)

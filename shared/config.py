@@ -104,6 +104,7 @@ class RunConfig:
 
 
 IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
 
 
 class _Parser(HfArgumentParser):
@@ -151,10 +152,11 @@ def _check_bounds(config) -> None:
 
 
 def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:
-    """Everything that decides the loss curve: a resume must find it unchanged."""
+    """Everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
     data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
     chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
-    return {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
+    values = {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in SIZES}
 
 
 def identity_hash(values: dict) -> str:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import Metadata, StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
@@ -60,7 +60,10 @@ class TensorWriter(StorageWriter):
             pieces[_key(item.index.fqn, offsets)] = tensor
             results.append(WriteResult(item.index, tensor.nbytes, self.name))
         if pieces:
-            save_file(pieces, self.folder / self.name)
+            try:
+                save_file(pieces, self.folder / self.name)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
             os.chmod(self.folder / self.name, self.folder.stat().st_mode & 0o666)  # else nobody but the owner reads it
             to_disk(self.folder / self.name)
         return _done(results)
@@ -157,6 +160,14 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A reader finds the former text or this one, whole, also after a loss of power."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text)
+    to_disk(beside)
+    os.replace(beside, path)
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -2,6 +2,7 @@
 """A run's folder: configuration, metrics by step, summary, trackers, progress bar, trace."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -28,19 +29,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from .accelerator import MESH, all_reduce_sum, data_parallel, mixed_precision, on_main_process, strategy
+from .accelerator import MESH, SIZES, all_reduce_sum, data_parallel, mixed_precision, on_main_process, strategy
 from .checkpoint import (
     Checkpoints,
     SaveError,
     checkpoint_to_resume,
     checkpoints,
     load_checkpoint,
+    put_aside,
     read_manifest,
 )
 from .config import RunConfig, UserError, identity, identity_hash, tell_job
 from .data import Batch
 from .interruption import Interruption
-from .tensor_files import to_disk
+from .tensor_files import replace_text, to_disk
 
 LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
 TRACED = 3  # training steps, and evaluation batches, in the trace of --profile
@@ -58,24 +60,31 @@ class Run:
     `step` counts the global batches done, `last_step` is where this start ends.
     """
 
-    def __init__(self, accelerator: Accelerator, run_config: RunConfig, config, classes: list[str], epoch_steps: int):
+    def __init__(self, accelerator: Accelerator, run_config: RunConfig, config, train_loader, eval_loader):
         self.accelerator, self.run_config, self.config = accelerator, run_config, config
+        classes, epoch_steps = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
         self.recipe = Path(sys.argv[0]).stem
         self.identity = identity(self.recipe, mixed_precision(), run_config, config)
         default = Path("runs") / f"{self.recipe}-{identity_hash(self.identity)}"
         self.folder = Path(run_config.output_dir or default)
+        # Not in the folder's name: the same command on data that has changed is to be told so.
+        self.identity |= {"training_images": len(train_loader.dataset), "held_out_images": len(eval_loader.dataset)}
+        self.identity["classes"] = len(classes)
         self.epoch_steps, self.total_steps = epoch_steps, epoch_steps * config.epochs
         self.last_step = min(self.total_steps, run_config.max_steps or self.total_steps)
         self.checkpoint_steps = _checkpoint_steps(run_config.checkpointing_steps, epoch_steps)
         trackers = _trackers(run_config.report_to)
-        _refuse_under_zero(run_config)
+        _refuse_pairs(run_config, config)
+        self.begun_from = None  # the path that --resume_from_checkpoint once gave, as rank 0 knows
         self.checkpoint, self.former = on_main_process(accelerator, self._claim)
         self.finished = self.former.get("status") == "finished" and self.former["steps"] >= self.last_step
         self.step, self.first_step, self.saved_step, self.evaluation = 0, 0, 0, {}
         self.torn, self.train_seconds, self.launched = 0, 0.0, time.perf_counter()
         self.interrupted = ""  # or the reason, the same one on every process
-        self.save_seconds, self.evaluation_seconds, self.step_end = 0.0, 0.0, time.perf_counter()
-        self.skipped = False  # the last step, for its gradient was not finite
+        self.evaluation_seconds, self.step_end = 0.0, time.perf_counter()
+        self.unwritten, self.metrics_bytes = [], 0  # lines that wait for room on the disk; size without them
+        self.warned = set()
+        self.skipped = False  # the last step, for its loss or gradient was not finite
         self.profiler = SimpleNamespace(step=lambda: None)
         self._start_window()
         if not self.finished:
@@ -83,26 +92,25 @@ class Run:
 
     def _claim(self) -> tuple[Path | None, dict]:
         """Rank 0: lock the folder; return the checkpoint to resume from and the former summary."""
-        try:
+        with _writing(self.folder):
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = _lock(self.folder)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}. Give another --output_dir.") from error
         print(self.folder, flush=True)
         tell_job("run_folder", str(self.folder.resolve()))
         folder = self.folder / "checkpoints"
         checkpoint, damaged = checkpoint_to_resume(folder, self.run_config.resume_from_checkpoint)
         for line in damaged:
             print(f"{line}; the one before it is taken", file=sys.stderr, flush=True)
-        overridden = self._refuse_other_values(checkpoint)
-        if overridden and checkpoint and checkpoint.parent == folder and checkpoint != checkpoints(folder)[-1]:
-            raise UserError(f"{folder} holds later checkpoints, of other values. Give another --output_dir.")
+        self._refuse_other_values(checkpoint)
         for unfinished in folder.glob("tmp-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+        given = str(Path(self.run_config.resume_from_checkpoint).resolve())
+        if checkpoint:
+            self.begun_from = given if str(checkpoint) == given else read_manifest(checkpoint).get("begun_from")
         return checkpoint, _read_json(self.folder / "summary.json")
 
-    def _refuse_other_values(self, checkpoint: Path | None) -> bool:
-        """Whether this run differs, in what --resume_override names, from the one of the folder or the checkpoint."""
+    def _refuse_other_values(self, checkpoint: Path | None) -> None:
+        """Where this run differs from the one of the folder or the checkpoint, but in what --resume_override names."""
         folders = _read_json(self.folder / "config.json").get("identity", self.identity)
         sources = [folders, read_manifest(checkpoint)["identity"] if checkpoint else folders]
         known = {name: [former.get(name) for former in sources] for name in {*self.identity, *sources[0], *sources[1]}}
@@ -117,21 +125,23 @@ class Run:
                 f"{checkpoint or self.folder} is of another run: {changes}. Give these values, or another "
                 f"--output_dir; or --resume_override {','.join(sorted(changed))} to go on with the new ones."
             )
-        return bool(changed)
 
     def _open(self, classes: list[str], trackers: list[str]) -> None:
         self.say(self._batch_line())
-        if self.accelerator.is_main_process:
-            _write_json(self.folder / "config.json", self._description(classes))
-            if self.checkpoint is None:
-                self._drop_lines_after(0)
-            self._write_summary("running")
+        on_main_process(self.accelerator, self._begin_files, classes)
         options = self.run_config.keep_checkpoints, self.run_config.async_checkpoint
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator, self.identity, *options)
         self.interruption = Interruption(self.accelerator, self.folder, self.run_config.time_limit)
         self._start_trackers(trackers)
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal, not in a log file
         self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def _begin_files(self, classes: list[str]) -> None:
+        with _writing(self.folder):
+            _write_json(self.folder / "config.json", self._description(classes))
+            if self.checkpoint is None:
+                self._drop_lines_after(0)
+        self._write_summary("running")
 
     def _batch_line(self) -> str:
         config, size = self.config, data_parallel(self.accelerator)[1]
@@ -203,15 +213,19 @@ class Run:
         return not at_end and self.step % self.checkpoint_steps == 0
 
     def resume(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Go on after the checkpoint's global step, with the lines past it dropped from metrics.jsonl."""
+        """Go on after the checkpoint's global step; what lies past it is dropped from metrics.jsonl and put aside."""
         state = load_checkpoint(self.checkpoint, self.accelerator, model, optimizer, scheduler)
         self.step = self.first_step = self.saved_step = state["step"]
         self.torn = state["torn"] if data_parallel(self.accelerator)[0] == 0 else 0
-        if self.accelerator.is_main_process:
-            self._drop_lines_after(self.step)
+        on_main_process(self.accelerator, self._go_back)
         self.bar.update(self.step)
         self.say(f"resumed at step {self.step} of {self.total_steps}")
         self._start_window()
+
+    def _go_back(self) -> None:
+        with _writing(self.folder):
+            put_aside(self.folder / "checkpoints", self.checkpoint)
+            self._drop_lines_after(self.step)
 
     def save(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: dict | None = None) -> None:
         """Write a checkpoint of this step; loader is a loader's state, the same on every process.
@@ -220,24 +234,33 @@ class Run:
         """
         begin = time.perf_counter()
         torn = all_reduce_sum(self.accelerator, [self.torn])[0]
-        self._keep_metrics()
+        self._say_unsaved(self.checkpoints.wait())
         try:
+            self.checkpoints.agreed(self._keep_metrics, on_main=True)
             state = {"step": self.step, "torn": int(torn), "loader": loader}
             self.checkpoints.save(model, optimizer, scheduler, state, self._origin())
-            if self.stopping:
-                self.checkpoints.wait()
+            if self.stopping and (error := self.checkpoints.wait()):
+                raise error
             self.saved_step = self.step
         except SaveError as error:
+            if self.stopping:
+                raise UserError(
+                    f"no checkpoint of step {self.step}: {error}; {self._newest()}. Start again."
+                ) from error
             self._say_unsaved(error)
-        self.save_seconds = max(self.save_seconds, time.perf_counter() - begin)
-        self.interruption.reserve = self.save_seconds + self.evaluation_seconds
+        # The last save waits for the one in the background that is at work then.
+        at_end = self.checkpoints.seconds * (1 + self.run_config.async_checkpoint)
+        self.interruption.reserve = at_end + self.evaluation_seconds
         self.window_start += time.perf_counter() - begin  # no time of training
 
-    def _say_unsaved(self, error: SaveError) -> None:
-        newest = f"the newest one is {self.newest_checkpoint}" if self.newest_checkpoint else "there is none yet"
-        if self.stopping:
-            raise UserError(f"no checkpoint of step {self.step}: {error}; {newest}. Start again.") from error
-        self.say(f"warning: no checkpoint: {error}; {newest}; training goes on, the next is tried as planned")
+    def _say_unsaved(self, error: SaveError | None) -> None:
+        if error:
+            self.say(
+                f"warning: no checkpoint: {error}; {self._newest()}; training goes on, the next is tried as planned"
+            )
+
+    def _newest(self) -> str:
+        return f"the newest one is {self.newest_checkpoint}" if self.newest_checkpoint else "there is none yet"
 
     def _origin(self) -> dict:
         """What a checkpoint's manifest says of where it came from."""
@@ -248,32 +271,38 @@ class Run:
             "world_size": self.accelerator.num_processes,
             "versions": self._versions(),
             "accuracy": self.evaluation.get("accuracy") if self.evaluation.get("step") == self.step else None,
+            "begun_from": self.begun_from,
+            **{name: getattr(self.config, name) for name in SIZES if hasattr(self.config, name)},
         }
 
     def _keep_metrics(self) -> None:
-        """On the disk before a checkpoint that lies past them."""
-        path = self.folder / "metrics.jsonl"
-        if self.accelerator.is_main_process and path.exists():
-            to_disk(path)
+        """On the disk before a checkpoint that lies past them; raises OSError."""
+        self._write_lines()
+        to_disk(self.folder / "metrics.jsonl")
 
     def _drop_lines_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
-        lines = [_parse(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [line for line in lines if line and line["step"] <= step]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, path)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in map(_parse, lines) if line.get("step", math.inf) <= step]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.metrics_bytes = path.stat().st_size
         self.evaluation = next((line for line in reversed(kept) if "accuracy" in line), {})
 
     # Training
 
     def observe(self, batch: Batch, loss: Tensor) -> None:
-        """Count one micro-batch; loss is its mean, a scalar on the device. Call it before the backward pass: under
-        ZeRO that one updates the weights, so the loss must be looked at here."""
-        self.losses.append(loss.detach())
+        """Count one micro-batch; loss is its mean, a scalar on the device. Call it before the backward pass: there a
+        loss that is not finite makes every gradient so, and with the gradients' reduction all processes know it."""
+        value = loss.detach()
+        self.losses.append(value)
         self.samples.append(batch.indices)
-        if strategy().startswith("zero") and not _all_finite(self.accelerator, loss):
-            self._stop_nonfinite(None)
+        if strategy().startswith("zero"):
+            # Its backward updates the weights too. Under fp16 it skips by itself, and ends where no scale helps.
+            if mixed_precision() != "fp16" and not _all_finite(self.accelerator, value):
+                self._stop_nonfinite(None)
+        elif loss.requires_grad:
+            loss.register_hook(lambda gradient: torch.where(value.isfinite(), gradient, math.nan))
+        self.backward_follows = loss.requires_grad
         self.digest += batch.digest
         self.wait_seconds += batch.wait_seconds
         self.torn += len(batch.torn)
@@ -293,26 +322,29 @@ class Run:
             self._refuse_torn_training(all_reduce_sum(self.accelerator, [self.torn])[0])
         self.losses, self.samples, self.digest = [], [], 0
         self.torn *= not at_end
-        if error := self.checkpoints.failure():
-            self._say_unsaved(error)
+        self._say_unsaved(self.checkpoints.failure())
         self._look_for_interruption()
 
     def is_finite(self, grad_norm: Tensor) -> bool:
         """Whether the optimizer may step: call it on every process before it does.
 
-        A gradient that is not finite has, after the reduction, a norm that is finite on no process, so all agree
-        without a message. Ends the run with UserError, or returns False under `--on_nonfinite skip`. Under fp16 True:
-        the gradient scaler skips such a step itself, and looks for a smaller scale; there only the loss tells.
+        A loss or a gradient that is not finite has, after the reduction, a norm that is finite on no process, so all
+        agree without a message. Ends the run with UserError, or returns False under `--on_nonfinite skip`.
         """
-        norm = _whole(grad_norm).to(self.losses[0].device)  # DeepSpeed's lies on the host
-        values = torch.stack([*self.losses, norm.reshape(())])
-        *losses, norm = values.isfinite().tolist()  # waits for the device, once a step
-        if not all(losses) and (norm or mixed_precision() == "fp16"):
-            self.interruption.note("nonfinite")  # this process alone knows it
-        self.skipped = not norm and mixed_precision() != "fp16"
+        norm = _whole(grad_norm)
+        finite = norm.isfinite().item()  # waits for the device, once a step
+        if not self.backward_follows:  # a pipeline, which has done it when it knows the loss
+            finite &= _all_finite(self.accelerator, torch.stack(self.losses))
+        self.skipped = not (finite or self._scaler_skips())
         if self.skipped and self.run_config.on_nonfinite == "stop":
-            self._stop_nonfinite(values[-1].item())
-        return not self.skipped
+            self._stop_nonfinite(norm.item())
+        return not self.skipped or mixed_precision() == "fp16"
+
+    def _scaler_skips(self) -> bool:
+        """Under fp16 the gradient scaler leaves such a step out itself, when the optimizer's is called, and halves its
+        scale. A scale below 1 means that it is not the scale."""
+        scaler = self.accelerator.scaler
+        return mixed_precision() == "fp16" and (scaler is None or scaler.get_scale() >= 1)
 
     def _stop_nonfinite(self, norm: float | None) -> None:
         """Name the step, its samples and the way back; every process must call it. norm: None before the backward."""
@@ -328,8 +360,9 @@ class Run:
         guilty = [one for one in everyone if {"nan", "inf", "-inf"} & {*one["losses"]}] or everyone
         samples = sorted({index for one in guilty for index in one["samples"]})
         record = self.folder / "nonfinite.json"
-        if self.accelerator.is_main_process:
-            _write_json(record, {"step": self.step + 1, "grad_norm": str(norm), "processes": everyone})
+        with contextlib.suppress(OSError):  # a full disk
+            if self.accelerator.is_main_process:
+                _write_json(record, {"step": self.step + 1, "grad_norm": str(norm), "processes": everyone})
         late = norm is not None and strategy().startswith("zero")
         gradient = "" if norm is None else f" and the gradient norm {norm}"
         raise UserError(
@@ -342,11 +375,6 @@ class Run:
 
     def _look_for_interruption(self) -> None:
         reason = self.interruption.agreed(self.step)
-        if reason == "nonfinite":
-            raise UserError(
-                f"a process has seen a loss that is not finite, up to step {self.step}, with finite gradients. "
-                "Look at the data and the loss function; the last checkpoints are whole."
-            )
         if reason and self.step < self.last_step:
             self.interrupted = reason
 
@@ -411,11 +439,37 @@ class Run:
         self._start_window()
 
     def _log(self, line: dict) -> None:
-        if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
         numbers = {name: value for name, value in line.items() if not isinstance(value, str) and name != "step"}
-        self.accelerator.log(numbers, step=line["step"])
+        if self.accelerator.is_main_process:
+            self.unwritten.append(json.dumps(line) + "\n")
+            with self._bearing("metrics.jsonl"):
+                self._write_lines()
+        with self._bearing("the trackers' log"):
+            try:
+                self.accelerator.log(numbers, step=line["step"])
+            except OSError:
+                self.accelerator.trackers = []  # they would fail ever after
+                raise
+
+    def _write_lines(self) -> None:
+        """Those that found no room wait for the next that do, so that each step stands once, in its place."""
+        data = "".join(self.unwritten).encode()
+        with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+            if file.tell() > self.metrics_bytes:
+                file.truncate(self.metrics_bytes)  # a part, of what did not fit
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.metrics_bytes, self.unwritten = self.metrics_bytes + len(data), []
+
+    @contextlib.contextmanager
+    def _bearing(self, name: str) -> Iterator[None]:
+        """What cannot be written is said once, and the training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.warned:
+                self.say(f"warning: {name} cannot be written: {error.strerror or error}; training goes on")
+            self.warned.add(name)
 
     def _start_window(self) -> None:
         """Rates and waiting are averaged over windows of training, evaluations left out."""
@@ -510,7 +564,8 @@ class Run:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        _write_json(self.folder / "summary.json", summary)
+        with self._bearing("summary.json"):
+            _write_json(self.folder / "summary.json", summary)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.launched
@@ -548,7 +603,10 @@ def _trackers(report_to: str) -> list[str]:
     return names
 
 
-def _refuse_under_zero(run_config: RunConfig) -> None:
+def _refuse_pairs(run_config: RunConfig, config) -> None:
+    """What does not go together; raises UserError."""
+    if run_config.on_nonfinite == "skip" and getattr(config, "norm", "") == "batch":
+        raise UserError("batch norm's statistics would keep a nan. Give --norm group beside --on_nonfinite skip.")
     if not strategy().startswith("zero"):
         return
     if run_config.async_checkpoint:
@@ -583,9 +641,9 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _all_finite(accelerator: Accelerator, loss: Tensor) -> bool:
+def _all_finite(accelerator: Accelerator, losses: Tensor) -> bool:
     """On every process; the answer is the same on all of them."""
-    infinite = (~loss.detach().isfinite()).float()
+    infinite = (~losses.isfinite()).any().float()
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(infinite)
     return infinite.item() == 0
@@ -605,17 +663,25 @@ def _version(package: str) -> str | None:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Nothing where it is absent, or was torn by a loss of power: each start writes it anew."""
+    return _parse(path.read_text(errors="replace")) if path.exists() else {}
 
 
 def _write_json(path: Path, values: dict) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(beside, path)
+    replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def _parse(line: str) -> dict | None:
-    """None for a line that a kill tore."""
+def _parse(text: str) -> dict:
+    """Nothing where a kill tore it."""
     with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(line)
-    return None
+        values = json.loads(text)
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}. Give another --output_dir.") from error

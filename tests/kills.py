@@ -35,6 +35,7 @@ KILLED = {
     "4 processes": (2, "resnet", [*RESNET, "--norm", "group"], {"num_processes": 4}),
     "fsdp": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 2, "config_file": "local_fsdp.yaml"}),
 }
+IN_BACKGROUND = {"2 processes, batch norm", "fsdp"}  # of these, the ones that are killed write there
 # Only `make soak` has time for these too.
 DIGITS = [*QUIET, "--data", "digits", "--learning_rate", "0.001", "--norm", "group", "--image_size", "16"]
 DIGITS += ["--global_batch_size", "64", "--max_steps", "30"]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hundreds of kills of the runs of test_survival.py, at instants drawn from a seed: `make soak`, or
 
-    python tests/soak.py 500 [SEED]
+    python tests/soak.py 500 [SEED [MINUTES]]
 
 Prints each kill, and in the end a table; writes benchmarks/results/soak_<hardware>_<date>.json. Exit status 1 where a
-run ended otherwise than the one that was not killed. Ctrl-C ends it early, with the runs that have ended.
+run ended otherwise than the one that was not killed. Ctrl-C, or so many minutes (45), end it early, with the runs that
+have ended.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import forked
 from conftest import ROOT, digits_folder, environment
-from kills import SOAKED, difference, kill_often, words
+from kills import IN_BACKGROUND, SOAKED, difference, kill_often, words
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
@@ -28,15 +29,16 @@ import report
 KILLS_A_RUN = 8  # where it does not end before
 
 
-def soak(kills: int, seed: int, root: Path) -> list[dict]:
-    """A row for each case, whose runs take turns."""
+def soak(kills: int, seed: int, end: float, root: Path) -> list[dict]:
+    """A row for each case, whose runs take turns; no run begins after `end`, by the monotonic clock."""
     server, data, chance = forked.Server(environment(), root), digits_folder(root / "images"), random.Random(seed)
     rows = [{"case": name, "runs": 0, "kills": 0, "equal": 0, "differences": [], "kinds": {}} for name in SOAKED]
     with contextlib.suppress(KeyboardInterrupt):
         for row in itertools.cycle(rows):
             left = kills - sum(each["kills"] for each in rows)
-            if not left:
+            if not left or time.monotonic() > end:
                 break
+            print(f"{kills - left} of {kills} kills", flush=True)
             killed_run(server, data, root, row, min(left, KILLS_A_RUN), chance)
     server.close()
     return rows
@@ -50,20 +52,24 @@ def killed_run(server: forked.Server, data: Path, root: Path, row: dict, kills: 
     if not whole.exists():
         ended = server.launch(words(whole, *flags, recipe=recipe, **launch))
         assert ended.returncode == 0, ended.stdout
-    start = words(folder, *flags, recipe=recipe, **launch)
-    counts = kill_often(server, start, folder, kills, chance, partial(print, flush=True))
-    other = difference(folder, whole)
+    background = ["--async_checkpoint"] if row["case"] in IN_BACKGROUND else []
+    start = words(folder, *flags, *background, recipe=recipe, **launch)
+    try:
+        counts = kill_often(server, start, folder, kills, chance, partial(print, flush=True))
+        other = difference(folder, whole)
+    except AssertionError as error:  # of one run, which ends the others as little as it would alone
+        counts, other = Counter(), str(error)[-3000:]
     row["differences"] += [other] if other else []
     row["kinds"] = dict(sorted((Counter(row["kinds"]) + counts).items()))
     row["runs"], row["kills"], row["equal"] = row["runs"] + 1, sum(row["kinds"].values()), row["equal"] + (not other)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    kills, seed = (int(word) for word in (*sys.argv[1:], *("500", "0")[len(sys.argv) - 1 :]))
+    kills, seed, minutes = (int(word) for word in (*sys.argv[1:], *("500", "0", "45")[len(sys.argv) - 1 :]))
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = soak(kills, seed, Path(folder))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        rows = soak(kills, seed, begin + 60 * minutes, Path(folder))
     rows = [row for row in rows if row["runs"]]
     equal = all(row["runs"] == row["equal"] for row in rows)
     print(report.table([{name: row[name] for name in ("case", "runs", "kills", "equal")} for row in rows]))

@@ -132,12 +132,13 @@ def test_verify_reads_every_byte_and_fails(damaged):
 def test_an_unfinished_folder_is_no_damage(fsdp, tmp_path, capsys):
     run = shutil.copytree(fsdp.folder, tmp_path / "run")
     (run / "checkpoints/tmp-00000006").mkdir()
+    (run / "checkpoints/aside-00000008").mkdir()
     status, rows = listed(capsys, "verify", run)
-    assert (status, [row[5] for row in rows]) == (0, ["OK", "OK", "unfinished"])
+    assert (status, [row[5] for row in rows]) == (0, ["OK", "OK", "unfinished", "aside"])
 
 
 @pytest.mark.parametrize(
-    ("identity", "world_size", "text"),
+    ("sizes", "world_size", "text"),
     [
         ({}, 4, "fsdp x 4"),
         ({"tensor_parallel_size": 1}, 1, "fsdp x 1"),
@@ -145,8 +146,8 @@ def test_an_unfinished_folder_is_no_damage(fsdp, tmp_path, capsys):
         ({"pipeline_parallel_size": 2}, 2, "pp x 2"),
     ],
 )
-def test_a_network_split_by_its_recipe_says_so(identity, world_size, text):
-    assert lister.topology({"strategy": "fsdp", "world_size": world_size, "identity": identity}) == text
+def test_a_network_split_by_its_recipe_says_so(sizes, world_size, text):
+    assert lister.topology({"strategy": "fsdp", "world_size": world_size, **sizes}) == text
 
 
 @pytest.mark.parametrize("made", ["", "run", "run/checkpoints"])

@@ -53,6 +53,7 @@ def folder(tmp_path):
         (["--global_batch_size", "65", "--gradient_accumulation_steps", "2"], ["does not divide", "64 or 66"]),
         (["--sync_batch_norm"], ["--sync_batch_norm needs GPUs", "--norm group"]),
         (["--report_to", "aim"], ["aim is not installed", "pip install aim"]),
+        (["--on_nonfinite", "skip"], ["batch norm's statistics", "--norm group"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )

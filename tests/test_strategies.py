@@ -159,6 +159,32 @@ def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(run, runs):
     assert float(rows[0][4]) > 1.5 * float(rows[1][4])
 
 
+# A checkpoint of one strategy, given by its path, goes on under another; what one recipe alone has is named
+
+MOVED = {
+    "tp 2 to ddp 1": (("vit_tp", "tp", 2), ("vit", "ddp", 1), "recipe,sequence_parallel"),
+    "pp 2 to fsdp 2": (("vit_pp", "pp", 2), ("vit", "fsdp", 2), "recipe,pipeline_schedule,pipeline_chunks"),
+    "hsdp 2x2 to ddp 2": (("vit", "hsdp", 4), ("vit", "ddp", 2), ""),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_checkpoint_goes_on_under_another_strategy_and_is_exported(run, single, tmp_path, name):
+    source, target, override = MOVED[name]
+    first = run(tmp_path / "first", *source, [], steps=8)
+    path = checkpoints(first.folder / "checkpoints")[-1]
+    flags = ["--resume_from_checkpoint", str(path), "--resume_override", override]
+    second = run(tmp_path / "second", *target, flags, steps=12)
+    assert "resumed at step 8" in second.text
+    losses = first.series("loss") + second.series("loss")
+    np.testing.assert_allclose(losses, single.series("loss")[:12], rtol=1e-5)
+    assert first.series("samples_digest") + second.series("samples_digest") == single.series("samples_digest")[:12]
+    exported = python(ROOT / "tools/export.py", first.folder, tmp_path / "exported")
+    assert exported.returncode == 0, exported.stderr
+    written = ViTForImageClassification.from_pretrained(tmp_path / "exported").state_dict()
+    torch.testing.assert_close(dict(written), weights(first), rtol=0, atol=0)
+
+
 # bf16: weights in fp32, products in bf16 (8 bits of mantissa: 4e-3), under policies that round in other places
 
 HALF = {

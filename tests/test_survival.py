@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,20 @@ import pytest
 import torch
 from conftest import ROOT, Result, environment, launch_command, train
 from forked import Launch, Server
-from kills import BEGINS, KILLED, QUIET, VIT, curve, difference, kill_often, kill_once, steps, wait_for, words
+from kills import (
+    BEGINS,
+    IN_BACKGROUND,
+    KILLED,
+    QUIET,
+    VIT,
+    curve,
+    difference,
+    kill_often,
+    kill_once,
+    steps,
+    wait_for,
+    words,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shared import checkpoint as checkpoint_module
@@ -43,10 +57,12 @@ def data(image_folder) -> list[str]:
 def test_a_run_killed_anywhere_ends_bitwise_as_one_that_was_not(server: Server, runs, data, name):
     kills, recipe, flags, launch = KILLED[name]
     flags = [*data, *flags, "--checkpointing_steps", "4"]
+    background = ["--async_checkpoint"] if name in IN_BACKGROUND else []  # the reference saves in the loop
     folder, path = runs / f"killed-{name.replace(' ', '-')}", ROOT / f"recipes/{recipe}.py"
     reference = train(runs / f"whole-{folder.name}", *flags, recipe=path, server=server, **launch)
     chance = random.Random(name)
-    counts = kill_often(server, words(folder, *flags, recipe=recipe, **launch), folder, kills, chance, print)
+    start = words(folder, *flags, *background, recipe=recipe, **launch)
+    counts = kill_often(server, start, folder, kills, chance, print)
     assert counts.total() == kills
     assert difference(folder, reference.folder) is None
 
@@ -134,14 +150,48 @@ def test_each_way_to_stop_leaves_a_checkpoint_and_the_run_goes_on(server: Server
     assert difference(folder, whole.folder) is None
 
 
-def test_a_signal_within_the_evaluation_waits_for_its_end(server: Server, runs, data, whole):
-    folder = runs / "evaluated"
-    launch = server.start(words(folder, *data, *VIT, recipe="vit"))
-    wait_for(lambda: launch.ended or steps(folder) >= 12, launch)
-    launch.kill(launch.workers, signal.SIGUSR1)
-    step = stopped(launch, folder, "signal")
-    assert 12 <= step < 24
-    assert curve(folder) == [line for line in curve(whole.folder) if line[0] <= step]
+SIGNALLED = """
+evaluate = recipe.evaluate
+def signalled(*arguments):
+    os.kill(os.getpid(), {number})
+    print("in the evaluation", flush=True)
+    evaluate(*arguments)
+recipe.evaluate = signalled
+"""
+
+
+def test_a_signal_within_the_evaluation_waits_for_its_end(planted, whole, tmp_path):
+    process = planted(SIGNALLED.format(number=int(signal.SIGUSR1)), tmp_path / "run")
+    assert process.returncode == 0, process.stdout
+    said = process.stdout
+    assert said.index("SIGUSR1: a checkpoint comes") < said.index("in the evaluation") < said.index("accuracy")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["stop_reason"], summary["steps"]) == ("interrupted", "signal", 13)
+    assert same_until(tmp_path / "run", 13, whole)
+
+
+TWICE = """
+write = tensor_files.TensorWriter.write_data
+def write_data(self, *arguments):
+    if rank == 1:
+        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), 15)
+    return write(self, *arguments)
+tensor_files.TensorWriter.write_data = write_data
+"""
+
+
+def test_two_signals_within_a_save_of_two_processes_do_not_harm_it(planted, tmp_path):
+    """They come in the thread that writes, or in the loop."""
+    for flags in ([], ["--async_checkpoint"]):
+        folder = tmp_path / f"run{len(flags)}"
+        process = planted(TWICE, folder, *flags, num_processes=2)
+        assert process.returncode == 0, process.stdout
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["status"], summary["stop_reason"]) == ("interrupted", "signal")
+        there = checkpoints(folder / "checkpoints")
+        assert there[-1].name == f"step-{summary['steps']:08d}"
+        assert not [damage(path) for path in there if damage(path)]
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(server: Server, runs, data, whole):
@@ -247,11 +297,15 @@ def test_damage_is_named_and_the_one_before_it_taken(server: Server, data, whole
     folder = copied / "checkpoints"
     flip(folder / "step-00000024/tensors-00000.safetensors")
     (folder / "step-00000020/manifest.json").unlink()
+    for name in ("config.json", "summary.json"):  # as a loss of power leaves them
+        (copied / name).write_text("")
     process = server.launch(vit_words(copied, data, "--max_steps", "32"))
     assert process.returncode == 0, process.stdout
     assert "step-00000024 is damaged: tensors-00000.safetensors is not what was written" in process.stdout
     assert "step-00000020 is damaged: manifest.json is missing; the one before it is taken" in process.stdout
     assert "resumed at step 16" in process.stdout
+    kept = [f"aside-{step:08d}" for step in (20, 24)] + [f"step-{step:08d}" for step in (24, 28, 32)]  # 24: the best
+    assert sorted(path.name for path in folder.iterdir()) == kept
     twice = server.launch(vit_words(copied, data, "--max_steps", "40"))
     assert "resumed at step 32" in twice.stdout, twice.stdout
     # The end of --max_steps adds an evaluation, which the uninterrupted run has not.
@@ -270,6 +324,16 @@ def test_from_a_path_and_under_other_values(server: Server, data, whole, copied,
     process = server.launch(vit_words(other, data, "--resume_from_checkpoint", str(path), "--max_steps", "24"))
     assert "resumed at step 20" in process.stdout
     assert curve(other) == [line for line in curve(whole.folder) if 20 < line[0] <= 24]
+    # Back within its own folder, then started again by the same command, then by one without a path
+    back = shutil.copytree(copied, other.with_name("back"))
+    path = back / "checkpoints/step-00000016"
+    for begin, end, flags in ((16, 20, [str(path)]), (20, 24, [str(path)]), (24, 28, ["auto"])):
+        flags = ["--resume_from_checkpoint", *flags, "--max_steps", str(end)]
+        process = server.launch(vit_words(back, data, *flags))
+        assert f"resumed at step {begin}" in process.stdout, process.stdout
+        ours, theirs = ([line for line in curve(run) if line[3] is not None] for run in (back, whole.folder))
+        assert ours == theirs[:end]
+    assert {path.name for path in (back / "checkpoints").glob("aside-*")} == {"aside-00000020", "aside-00000024"}
     changed = ["--learning_rate", "5e-4", "--max_steps", "28"]
     error = one_error(server.launch(vit_words(copied, data, *changed)))
     assert "learning_rate was 0.001, is 0.0005" in error
@@ -280,6 +344,39 @@ def test_from_a_path_and_under_other_values(server: Server, data, whole, copied,
     assert "resumed at step 24" in process.stdout, process.stdout
     ours, theirs = ([line[5] for line in curve(run) if line[5] is not None] for run in (copied, whole.folder))
     np.testing.assert_allclose(ours, theirs[:24] + [rate / 2 for rate in theirs[24:28]], rtol=1e-12)
+
+
+DECODES = """
+from shared.data import loaders
+seen, render, evaluate = 0, loaders.Views._render, recipe.evaluate
+def counted(*arguments):
+    global seen
+    seen += 1
+    return render(*arguments)
+def told(*arguments):
+    print(f"decoded: {seen}", flush=True)
+    evaluate(*arguments)
+loaders.Views._render, recipe.evaluate = counted, told
+"""
+
+
+def test_a_resume_decodes_no_sample_that_it_skips(planted, copied):
+    """From step 20, eight steps of 20 images into an epoch, to step 22."""
+    shutil.rmtree(copied / "checkpoints/step-00000024")
+    process = planted(DECODES, copied, "--max_steps", "22", "--num_workers", "0")
+    assert "resumed at step 20" in process.stdout, process.stdout
+    assert 40 <= int(re.search(r"decoded: (\d+)", process.stdout)[1]) <= 60
+
+
+def test_other_images_in_the_same_folder_are_refused_by_name(server: Server, data, tmp_path):
+    """They would be another order of samples, without a word."""
+    images = shutil.copytree(data[1], tmp_path / "images")
+    start = vit_words(tmp_path / "run", ["--data", str(images)])
+    assert server.launch([*start, "--max_steps", "1"]).returncode == 0
+    shutil.copy(images / "train/digit-3/001.png", images / "train/digit-3/new.png")
+    error = one_error(server.launch([*start, "--max_steps", "2"]))
+    assert "training_images was 240, is 241" in error
+    assert "held_out" not in error
 
 
 # The disk
@@ -323,6 +420,33 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(server: Server, data, who
         assert damage(checkpoints(folder / "checkpoints")[-1]) is None
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_without_a_byte_does_not_end_the_run(server: Server, data, whole, tmp_path, processes):
+    """Lines of metrics.jsonl wait in memory; summaries and TensorBoard go without. Then there is room again."""
+    with mounted(tmp_path / "disk", "size=60m") as disk:
+        folder, flags = disk / "run", ["--report_to", "tensorboard", "--max_steps", "40"]
+        launch = server.start(vit_words(folder, data, *flags, num_processes=processes))
+        wait_for(lambda: launch.ended or steps(folder) >= 2, launch)
+        said = []
+        with open(disk / "filler", "wb", buffering=0) as filler:
+            while not launch.ended and len(said) < 3:
+                with contextlib.suppress(OSError):
+                    filler.write(bytes(4096))
+                said = [name for name in FILES if f"warning: {name} cannot be written" in launch.output.read_text()]
+        (disk / "filler").unlink()
+        process = launch.wait()
+        assert process.returncode == 0, process.stdout
+        assert [process.stdout.count(f"warning: {name} cannot be written") for name in FILES] == [1, 1, 1]
+        losses = [line for line in curve(folder) if line[3] is not None]
+        assert [line[0] for line in losses] == [*range(1, 41)]
+        np.testing.assert_allclose([line[3] for line in losses], whole.series("loss")[:40], rtol=1e-5)
+        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        assert checkpoints(folder / "checkpoints")[-1].name == "step-00000040"
+
+
+FILES = ("metrics.jsonl", "summary.json", "the trackers' log")
+
+
 def fill(disk: Path) -> None:
     """All but two million bytes: lines of metrics.jsonl have room, a checkpoint has not. The run writes meanwhile."""
     with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
@@ -355,9 +479,9 @@ if __name__ == "__main__":
 def planted(server: Server, data, tmp_path):
     """Run vit.py with lines of Python before its `main`."""
 
-    def launched(code: str, folder: Path, *flags: str, **launch) -> subprocess.CompletedProcess:
-        script = tmp_path / "vit.py"
-        script.write_text(PLANTED.format(recipe="vit", code=code))
+    def launched(code: str, folder: Path, *flags: str, recipe: str = "vit", **launch) -> subprocess.CompletedProcess:
+        script = tmp_path / f"{recipe}.py"
+        script.write_text(PLANTED.format(recipe=recipe, code=code))
         start = vit_words(folder, data, *flags, **launch)
         return server.launch([str(script) if word == str(VIT_RECIPE) else word for word in start])
 
@@ -386,6 +510,56 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(planted, tmp_path):
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000008"]
     process = planted(FAILING.format(rank=1, number=9), folder, "--max_steps", "10", num_processes=2)
     assert "no checkpoint of step 10: " in one_error(process)
+
+
+FAILING_MAIN = """
+failures = []
+def failing(module, name, step):
+    right = getattr(module, name)
+    def called(place, *arguments):
+        if not failures.count(step) and f"tmp-{step:08d}" in str(place):
+            failures.append(step)
+            raise OSError(122, "Disk quota exceeded")
+        return right(place, *arguments)
+    setattr(module, name, called)
+failing(checkpoint, "_finish", 4)
+failing(checkpoint, "_publish", 8)
+failing(checkpoint.os, "rename", 12)
+"""
+
+
+def test_a_save_that_fails_at_its_end_leaves_no_part_of_it(planted, whole, tmp_path):
+    """At state.json, at the manifest, at the name: only rank 0 does these."""
+    folder = tmp_path / "run"
+    flags = ["--max_steps", "16", "--async_checkpoint"]
+    process = planted(FAILING_MAIN, folder, *flags, num_processes=2)
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.count("Disk quota exceeded (process 0)") == 3
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000016"]
+    losses = [line[3] for line in curve(folder) if line[3] is not None]
+    np.testing.assert_allclose(losses, whole.series("loss")[:16], rtol=1e-5)
+
+
+FAILING_ZERO = """
+save, failures = torch.save, 0
+def full(*arguments, **keywords):
+    global failures
+    failures += 1
+    if rank == 1 and failures == 1:
+        raise OSError(28, "No space left on device")
+    return save(*arguments, **keywords)
+torch.save = full
+"""
+
+
+def test_a_save_of_deepspeed_that_fails_on_one_rank_leaves_none_waiting(planted, tmp_path):
+    """Both its own files and the next save, which is whole."""
+    folder, launch = tmp_path / "run", {"num_processes": 2, "config_file": "local_zero2.yaml"}
+    process = planted(FAILING_ZERO, folder, "--max_steps", "6", **launch)
+    assert process.returncode == 0, process.stdout
+    assert "warning: no checkpoint: [Errno 28] No space left on device (process 1)" in process.stdout
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
+    assert damage(folder / "checkpoints/step-00000006") is None
 
 
 # Malice
@@ -449,14 +623,15 @@ def cross_entropy(logits, labels, **options):
     global count
     count += torch.is_grad_enabled()
     loss = right(logits, labels, **options)
-    return loss * float("nan") if count == 6 and rank == 1 else loss
+    return loss {spoilt} if count == 6 and rank == 1 else loss
 recipe.cross_entropy = cross_entropy
 """
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(planted, runs, whole, tmp_path):
+    """Here its gradients would be finite, as with the logarithm of a constant, and it is the run's last step."""
     folder = tmp_path / "run"
-    error = one_error(planted(NAN, folder, num_processes=2))
+    error = one_error(planted(NAN.replace("{spoilt}", '+ float("nan")'), folder, "--max_steps", "6", num_processes=2))
     record = json.loads((folder / "nonfinite.json").read_text())
     newest = checkpoints(folder / "checkpoints")[-1]
     samples = record["processes"][1]["samples"]
@@ -471,6 +646,15 @@ def test_a_loss_that_is_no_number_stops_before_the_update(planted, runs, whole, 
     assert "resumed at step 4" in again.stdout, again.stdout
     losses = [line[3] for line in curve(folder) if line[3] is not None]
     np.testing.assert_allclose(losses, whole.series("loss")[:8], rtol=1e-5)
+
+
+def test_a_pipelines_loss_that_is_no_number_stops_all_stages(planted, tmp_path):
+    """Only the last stage computes it, after which its backward pass is over."""
+    flags = ["--max_steps", "6", "--pipeline_chunks", "5"]
+    launch = {"num_processes": 2, "config_file": "local_pp.yaml", "recipe": "vit_pp"}
+    error = one_error(planted(NAN.replace("{spoilt}", '+ float("nan")'), tmp_path / "run", *flags, **launch))
+    assert "error: step 2 has the losses nan" in error
+    assert "The weights are those before it" in error
 
 
 WATCHED = """
@@ -491,7 +675,7 @@ recipe.parallelize, recipe.Run.end_step = kept, compared
 def test_a_step_that_is_skipped_leaves_the_weights_alone(planted, tmp_path):
     folder = tmp_path / "run"
     flags = ["--max_steps", "8", "--on_nonfinite", "skip"]
-    process = planted(NAN + WATCHED, folder, *flags, num_processes=2)
+    process = planted(NAN.replace("{spoilt}", '* float("nan")') + WATCHED, folder, *flags, num_processes=2)
     assert process.returncode == 0, process.stdout
     assert "step 6 unchanged: True" in process.stdout
     assert "step 5 unchanged: False" in process.stdout

@@ -5,14 +5,15 @@
     python tools/checkpoints.py verify runs/resnet-ad9742eb      # reads every byte; exits 1 where one is damaged
 
 A `step-` folder that was damaged since it was written is `torn`: a resume passes over it. A `tmp-` folder is
-`unfinished`: of a save that is at work, or was cut off; the next start or save of that step removes it.
+`unfinished`: of a save that is at work, or was cut off; the next start or save of that step removes it. An `aside-`
+folder lay past the checkpoint that a start went on from, torn or taken back: yours to look at and to remove.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from shared.checkpoint import checkpoints, damage, read_manifest
+from shared.checkpoint import ASIDE, checkpoints, damage, read_manifest
 from shared.config import UserError
 
 HEADER = ("step", "saved (UTC)", "strategy x processes", "accuracy", "MB", "state")
@@ -30,7 +31,8 @@ def main(arguments: argparse.Namespace) -> int:
         row(path, manifests[path], path == best, f"torn: {reason}" if reason else "OK" if verify else "complete")
         for path, reason in reasons.items()
     ]
-    rows += [row(path, {}, False, "unfinished") for path in unfinished(folder)]
+    rows += [row(path, {}, False, "unfinished") for path in folders(folder, "tmp-")]
+    rows += [row(path, manifest(path), False, "aside") for path in folders(folder, ASIDE)]
     show(sorted(rows))
     return int(verify and any(reasons.values()))
 
@@ -42,13 +44,13 @@ def find(run_folder: Path) -> Path:
         raise UserError(f"{run_folder} is no folder. Give the run's folder, the first line that a recipe prints.")
     if not folder.is_dir():
         raise UserError(f"{run_folder} has no folder checkpoints. Give the folder of a run.")
-    if not checkpoints(folder) and not unfinished(folder):
+    if not checkpoints(folder) and not folders(folder, "tmp-"):
         raise UserError(f"{folder} is empty. The run's first checkpoint is yet to come: see --checkpointing_steps.")
     return folder
 
 
-def unfinished(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("tmp-*") if path.is_dir()]
+def folders(folder: Path, prefix: str) -> list[Path]:
+    return [path for path in folder.glob(f"{prefix}*") if path.is_dir()]
 
 
 def manifest(path: Path) -> dict:
@@ -82,7 +84,7 @@ def topology(values: dict) -> str:
     """`fsdp x 2`; a network that the recipe splits itself: `tp x 2, fsdp x 2`."""
     rest, parts = values.get("world_size", 1), []
     for word, name in SPLITS.items():
-        size = values.get("identity", {}).get(name, 1)
+        size = values.get(name, 1)
         parts += [f"{word} x {size}"] * (size > 1)
         rest //= size
     return ", ".join(parts + [f"{values.get('strategy', '?')} x {rest}"] * (rest > 1 or not parts))

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints and a run's files in one process: what is kept, put aside, refused, and goes on after a failure."""
+
+import errno
+import io
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401  makes `import shared` work
+from torch import Tensor, nn
+
+from shared import checkpoint, interruption, tensor_files, tracking
+from shared.checkpoint import Checkpoints, SaveError, checkpoint_to_resume, checkpoints, damage, load_checkpoint
+from shared.config import UserError
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, scaler=None, mesh=None)
+ALONE.device = torch.device("cpu")
+
+
+def trained(steps: int = 1, size: int = 20) -> tuple[nn.Module, torch.optim.Optimizer, object]:
+    model = nn.Linear(size, size)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    for _ in range(steps):
+        model(torch.ones(1, size)).sum().backward()
+        optimizer.step()
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def saved(folder: Path, *steps: int, **manifest) -> Checkpoints:
+    """Checkpoints of these steps, each with a network of its own."""
+    kept = Checkpoints(folder, ALONE, {}, keep=9, background=False)
+    for step in steps:
+        kept.save(*trained(), {"step": step}, manifest)
+    return kept
+
+
+def flip(path: Path) -> None:
+    (tensors,) = path.glob("tensors-*")
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    tensors.write_bytes(content)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is resumed, and what lies past it
+
+
+def test_what_is_damaged_is_put_aside_and_its_step_written_anew(tmp_path):
+    kept = saved(tmp_path, 4, 8)
+    flip(tmp_path / "step-00000008")  # of equal size: only the checksum tells
+    found, (line,) = checkpoint_to_resume(tmp_path, "auto")
+    assert found.name == "step-00000004"
+    assert "step-00000008 is damaged" in line
+    checkpoint.put_aside(tmp_path, found)
+    assert names(tmp_path) == ["aside-00000008", "step-00000004"]
+    kept.keep = 2
+    for step in (8, 12):
+        kept.save(*trained(), {"step": step}, {})
+    assert names(tmp_path) == ["aside-00000008", "step-00000008", "step-00000012"]
+    assert not [damage(path) for path in checkpoints(tmp_path) if damage(path)]
+
+
+def test_a_checkpoint_that_is_there_is_never_replaced_by_a_part(tmp_path):
+    kept = saved(tmp_path, 4)
+    before = (tmp_path / "step-00000004/manifest.json").read_bytes()
+    with pytest.raises(SaveError, match="not empty"):
+        kept.save(*trained(), {"step": 4}, {})
+    assert names(tmp_path) == ["step-00000004"]
+    assert (tmp_path / "step-00000004/manifest.json").read_bytes() == before
+
+
+def test_a_path_begins_a_run_or_takes_it_back_once(tmp_path):
+    seed, folder = tmp_path / "a/checkpoints", tmp_path / "b/checkpoints"
+    saved(seed, 4, 8)
+    path = (seed / "step-00000004").resolve()
+    assert checkpoint_to_resume(folder, str(path))[0] == path
+    saved(folder, 6, begun_from=str(path))
+    assert checkpoint_to_resume(folder, str(path))[0].name == "step-00000006"  # a job that was started again
+    assert checkpoint_to_resume(folder, str(seed / "step-00000008"))[0] == (seed / "step-00000008").resolve()
+    # Back, in its own folder
+    assert checkpoint_to_resume(seed, str(path))[0] == path
+    checkpoint.put_aside(seed, path)
+    assert names(seed) == ["aside-00000008", "step-00000004"]
+    saved(seed, 6, begun_from=str(path))
+    assert checkpoint_to_resume(seed, str(path))[0].name == "step-00000006"
+    path.rename(path.with_name("gone"))  # as too old
+    assert checkpoint_to_resume(seed, str(path))[0].name == "step-00000006"
+
+
+def test_the_most_accurate_one_stays_when_it_is_older_than_the_last_two(tmp_path):
+    kept = Checkpoints(tmp_path, ALONE, {}, keep=2, background=False)
+    for step, accuracy in ((4, 0.5), (8, 0.9), (12, 0.7), (16, None), (20, 0.9 - 1e-9)):
+        kept.save(*trained(), {"step": step}, {"accuracy": accuracy})
+    assert names(tmp_path) == ["step-00000008", "step-00000016", "step-00000020"]
+
+
+def test_a_run_without_one_step_of_its_optimizer_goes_on(tmp_path):
+    """As when the gradient scaler, or --on_nonfinite skip, has left out every step so far."""
+    model, optimizer, scheduler = trained(steps=0)
+    Checkpoints(tmp_path, ALONE, {}, 2, False).save(model, optimizer, scheduler, {"step": 3}, {})
+    other = trained(steps=2)
+    load_checkpoint(tmp_path / "step-00000003", ALONE, *other)
+    torch.testing.assert_close(dict(other[0].state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert not other[1].state
+    for network, steps in ((model, optimizer), (other[0], other[1])):
+        network.zero_grad()
+        network(torch.ones(1, 20)).sum().backward()
+        steps.step()
+    torch.testing.assert_close(dict(other[0].state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_a_scaler_that_the_checkpoint_has_not_begins_anew(tmp_path):
+    saved(tmp_path, 3)
+    scaler = torch.amp.GradScaler("cpu")
+    load_checkpoint(tmp_path / "step-00000003", SimpleNamespace(**{**vars(ALONE), "scaler": scaler}), *trained())
+    assert scaler.get_scale() == 65536
+
+
+@pytest.mark.parametrize(
+    ("wrote", "here"),
+    [
+        (("fsdp", 2), ("zero2", 2)),
+        (("zero2", 2), ("ddp", 2)),
+        (("zero2", 2), ("zero3", 2)),
+        (("zero3", 2), ("zero3", 4)),
+    ],
+)
+def test_deepspeeds_state_is_refused_elsewhere_with_the_way_out(tmp_path, monkeypatch, wrote, here):
+    folder = tmp_path / "run/checkpoints"
+    saved(folder, 3, strategy=wrote[0], world_size=wrote[1])
+    monkeypatch.setattr(checkpoint, "strategy", lambda: here[0])
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(
+            folder / "step-00000003", SimpleNamespace(**{**vars(ALONE), "num_processes": here[1]}), *trained()
+        )
+    for words in (
+        f"written by {wrote[0]} on {wrote[1]} processes; here is {here[0]} on {here[1]}",
+        f"python tools/export.py {tmp_path}/run weights",
+        "--pretrained weights",
+    ):
+        assert words in str(caught.value)
+
+
+def test_deepspeed_that_finds_nothing_is_an_error(monkeypatch):
+    engine = SimpleNamespace(load_checkpoint=lambda *given, **named: (None, {}))
+    with pytest.raises(OSError, match="nothing to load"):
+        checkpoint._load_zero(Path("x"), engine)
+
+
+# Failures
+
+
+@pytest.mark.parametrize("kind", [OSError, MemoryError, TypeError])
+@pytest.mark.parametrize("background", [False, True])
+def test_whatever_goes_wrong_costs_that_checkpoint_alone(tmp_path, monkeypatch, kind, background):
+    """In the background it is told by the next `wait`, once, and a save after it is none the worse."""
+    kept = Checkpoints(tmp_path, ALONE, {}, 2, background)
+    monkeypatch.setattr(checkpoint, "_finish", failing(checkpoint._finish, kind))
+
+    def save(step):
+        kept.save(*trained(), {"step": step}, {})
+        if error := kept.wait():
+            raise error
+
+    with pytest.raises(SaveError, match="no room"):
+        save(1)
+    assert not names(tmp_path)
+    save(2)
+    assert kept.wait() is None
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def failing(function: Callable, kind: type) -> Callable:
+    """It fails the first time."""
+    failures = [kind("no room")]
+
+    def called(*given):
+        if failures:
+            raise failures.pop()
+        return function(*given)
+
+    return called
+
+
+def test_what_a_save_in_the_background_takes_is_the_whole_of_it(tmp_path, monkeypatch):
+    """The last save of a run waits for it, so the deadline must leave that much."""
+    go, written = threading.Event(), tensor_files.TensorWriter.write_data
+    monkeypatch.setattr(tensor_files.TensorWriter, "write_data", lambda *given: go.wait() and written(*given))
+    kept = Checkpoints(tmp_path, ALONE, {}, 2, background=True)
+    begin = time.monotonic()
+    kept.save(*trained(), {"step": 1}, {})
+    assert kept.failure() is None
+    assert kept.seconds == 0
+    time.sleep(0.3)
+    go.set()
+    assert kept.wait() is None
+    assert 0.3 <= kept.seconds <= time.monotonic() - begin
+
+
+def test_no_part_of_deepspeeds_files_stays_and_no_process_leaves_its_barriers(tmp_path, monkeypatch):
+    """Its files fail within save_checkpoint, which must go on to its end all the same."""
+    ended, folder = [], tmp_path / "tmp-00000001"
+
+    def save_checkpoint(place, tag, save_latest):
+        engine.checkpoint_engine.save(state_dict={}, path=f"{place}/zero/a.pt")
+        ended.append(True)
+
+    def full(state, path):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(save=full), save_checkpoint=save_checkpoint)
+    monkeypatch.setattr(
+        checkpoint, "_zero_tensors", lambda place, *_: raise_first(checkpoint._save_zero(place, engine))
+    )
+    monkeypatch.setattr(checkpoint, "strategy", lambda: "zero2")
+    with pytest.raises(SaveError, match="unexpected pos"):
+        Checkpoints(tmp_path, ALONE, {}, 2, False).save(*trained(), {"step": 1}, {})
+    assert ended == [True]
+    assert engine.checkpoint_engine.save is full
+    assert not folder.exists()
+
+
+def raise_first(failures: list[Exception]) -> None:
+    raise failures[0]
+
+
+def test_a_signal_counts_where_nobody_reads_the_output(tmp_path, monkeypatch):
+    """Ctrl-C ends the `tee` of `2>&1 | tee log` first."""
+
+    def closed(descriptor, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    handlers = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    try:
+        watched = interruption.Interruption(ALONE, tmp_path, 0)
+        monkeypatch.setattr(os, "write", closed)
+        signal.raise_signal(signal.SIGINT)
+        assert watched.agreed(1) == "signal"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# The run's files
+
+
+def bare_run(folder: Path) -> tracking.Run:
+    """A Run's files without a run."""
+    run = object.__new__(tracking.Run)
+    run.folder, run.accelerator, run.warned, run.unwritten, run.metrics_bytes = folder, ALONE, set(), [], 0
+    run.losses, run.samples, run.skipped, run.backward_follows, run.step = [], [], False, True, 0
+    return run
+
+
+def test_lines_that_found_no_room_stand_once_when_there_is_some(tmp_path, monkeypatch):
+    run = bare_run(tmp_path)
+    run._drop_lines_after(0)
+    room = [1000, 3, 0, 1000]  # bytes that each write finds
+
+    class Small(io.FileIO):
+        def write(self, data):
+            return super().write(data[: room.pop(0)])
+
+    monkeypatch.setattr(tracking, "open", lambda path, mode, buffering: Small(path, mode), raising=False)
+    for step in range(1, 5):
+        run.unwritten.append(json.dumps({"step": step}) + "\n")
+        with run._bearing("metrics.jsonl"):
+            run._write_lines()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 5))
+    assert not run.unwritten
+
+
+def test_files_that_a_loss_of_power_emptied_are_as_if_absent(tmp_path):
+    for content in (b"", b"\0\0\0", b'{"status": "fin', b"[1]", b"\xff\xfe"):
+        (tmp_path / "summary.json").write_bytes(content)
+        assert tracking._read_json(tmp_path / "summary.json") == {}
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n7\n{"step": 2}\n{"step": 3')
+    run = bare_run(tmp_path)
+    run._drop_lines_after(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tensor_files.os, "fsync", lambda descriptor: calls.append("fsync"))
+    replace = os.replace
+    monkeypatch.setattr(tensor_files.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    tracking._write_json(tmp_path / "config.json", {"a": 1})
+    assert calls == ["fsync", "replace"]
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda loss: loss + math.nan, lambda loss: loss + math.inf, lambda loss: loss * math.nan]
+)
+def test_a_loss_that_is_no_number_spoils_the_gradients_that_others_see(tmp_path, spoil):
+    """Also one whose gradients would be finite, as with the logarithm of a constant."""
+    run, model = bare_run(tmp_path), nn.Linear(4, 1)
+    run.digest, run.wait_seconds, run.torn = 0, 0.0, 0
+    batch = SimpleNamespace(indices=torch.arange(2), digest=0, wait_seconds=0.0, torn=())
+
+    def norm(change: Callable[[Tensor], Tensor]) -> Tensor:
+        model.zero_grad()
+        loss = change(model(torch.ones(2, 4)).square().mean())
+        run.observe(batch, loss)
+        loss.backward()
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+
+    model(torch.ones(2, 4)).square().mean().backward()
+    right = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert norm(lambda loss: loss) == right
+    assert not norm(spoil).isfinite()
+
+
+def test_under_fp16_the_scaler_looks_for_its_scale_before_the_run_ends(tmp_path, monkeypatch):
+    run = bare_run(tmp_path)
+    monkeypatch.setattr(tracking, "mixed_precision", lambda: "fp16")
+    run.run_config = SimpleNamespace(on_nonfinite="stop")
+    run.losses = [torch.tensor(math.inf)]
+    run.accelerator = SimpleNamespace(**{**vars(ALONE), "scaler": torch.amp.GradScaler("cpu", init_scale=1.0)})
+    assert run.is_finite(torch.tensor(math.inf))  # the scaler leaves the step out
+    assert not run.skipped
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    monkeypatch.setattr(tracking.Run, "newest_checkpoint", tmp_path / "step-00000004")
+    with pytest.raises(UserError, match=r"step 1 has the losses inf and the gradient norm inf.*step-00000004"):
+        run.is_finite(torch.tensor(math.inf))
+    run.run_config.on_nonfinite = "skip"
+    assert run.is_finite(torch.tensor(math.inf))
+    assert run.skipped
+
+
+def test_the_norm_of_deepspeed_is_a_number(tmp_path):
+    run = bare_run(tmp_path)
+    run.losses = [torch.zeros((), device="meta")]  # of another device than the number's
+    assert run.is_finite(1.5)
