@@ -40,7 +40,7 @@ from torchvision import models
 from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
-from shared.config import RunConfig, UserError, parse
+from shared.config import RunConfig, UserError, parse, say
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.data.decode import intact, plain_jpeg, render, scaled
 from shared.metrics import Evaluation
@@ -107,7 +107,7 @@ class Dali:
             (pixels,) = self.pipeline.run(**dict(zip(FED, map(list, fed), strict=True)))
         except RuntimeError as error:  # one image stops a pipeline for good: our decoder finds out which
             self.pipeline = None
-            print(f"DALI failed, so this batch is decoded without it: {error}", file=sys.stderr, flush=True)
+            say(f"DALI failed, so this batch is decoded without it: {error}", sys.stderr)
             return self.views.__getitems__(samples)
         images = batch.images.to(self.device)
         images[torch.tensor(rows, device=self.device)] = torch.from_dlpack(pixels.as_tensor())

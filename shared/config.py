@@ -158,6 +158,13 @@ def identity_hash(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def say(line: str, stream=None) -> None:
+    """Print at once, on standard output or the stream. Where it cannot be written (`| tee log`, which Ctrl-C ends
+    first; a log on a full disk) the words are lost, and the run goes on."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream or sys.stdout, flush=True)
+
+
 def job_folder() -> Path | None:
     """Where slurm/launch.sh and the processes that it started tell each other what they know."""
     return Path(os.environ["RECIPES_JOB_FOLDER"]) if "RECIPES_JOB_FOLDER" in os.environ else None

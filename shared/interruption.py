@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ends a run before its time: signals, a STOP file, a deadline. All processes leave at the same step."""
 
+import contextlib
 import os
 import signal
 import time
@@ -49,9 +50,9 @@ class Interruption:
 
     def _note_signal(self, number: int, frame) -> None:
         if self.watches and not self.seen:
-            os.write(
-                2, f"\n{signal.Signals(number).name}: a checkpoint comes after this step, then the end\n".encode()
-            )
+            line = f"\n{signal.Signals(number).name}: a checkpoint comes after this step, then the end\n"
+            with contextlib.suppress(OSError):  # a log on a full disk
+                os.write(2, line.encode())
         self.note("signal")
 
     def _watch(self) -> None:

@@ -37,7 +37,7 @@ from .checkpoint import (
     load_checkpoint,
     read_manifest,
 )
-from .config import RunConfig, UserError, identity, identity_hash, tell_job
+from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch
 from .interruption import Interruption
 from .tensor_files import to_disk
@@ -88,12 +88,12 @@ class Run:
             self.lock = _lock(self.folder)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}. Give another --output_dir.") from error
-        print(self.folder, flush=True)
+        say(str(self.folder))
         tell_job("run_folder", str(self.folder.resolve()))
         folder = self.folder / "checkpoints"
         checkpoint, damaged = checkpoint_to_resume(folder, self.run_config.resume_from_checkpoint)
         for line in damaged:
-            print(f"{line}; the one before it is taken", file=sys.stderr, flush=True)
+            say(f"{line}; the one before it is taken", sys.stderr)
         overridden = self._refuse_other_values(checkpoint)
         if overridden and checkpoint and checkpoint.parent == folder and checkpoint != checkpoints(folder)[-1]:
             raise UserError(f"{folder} holds later checkpoints, of other values. Give another --output_dir.")
@@ -510,7 +510,7 @@ class Run:
     def say(self, line: str) -> None:
         """Print one line from rank 0, above the bar."""
         if self.accelerator.is_main_process:
-            with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends a `| tee log` first
+            with contextlib.suppress(OSError):  # as shared.config.say
                 tqdm.write(line)
                 sys.stdout.flush()
 
@@ -522,7 +522,7 @@ def _lock(folder: Path) -> FileLock:
         return lock
     holder = _read_json(folder / "summary.json")
     use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    print(f"{use}; waiting {LOCK_SECONDS} s for it to end", file=sys.stderr, flush=True)
+    say(f"{use}; waiting {LOCK_SECONDS} s for it to end", sys.stderr)
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:

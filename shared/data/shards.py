@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from ..config import UserError
+from ..config import UserError, say
 from .index import Index
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "pgm")
@@ -67,7 +67,7 @@ def image_kind(kinds: Iterable[str]) -> str | None:
 def _headers(shard: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     file.seek(max(0, shard.stat().st_size - 2 * BLOCK))
     if file.read().strip(b"\0"):  # an archive ends with two empty blocks, and tarfile does not mind where they lack
-        print(f"torn shard: {shard} was cut off: what it lost is unknown", file=sys.stderr, flush=True)
+        say(f"torn shard: {shard} was cut off: what it lost is unknown", sys.stderr)
     file.seek(0)
     with tarfile.open(fileobj=file) as tar, contextlib.suppress(tarfile.ReadError):
         yield from filter(tarfile.TarInfo.isfile, tar)
