@@ -112,7 +112,7 @@ def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
 
     From here on an uncaught UserError ends the program with one `error:` line from rank 0 and exit status 1.
     """
-    sys.excepthook = _one_line
+    sys.excepthook = one_line
     if "--help" in (arguments or sys.argv) and int(os.environ.get("RANK", 0)) != 0:
         sys.exit(0)
     parser = _Parser(config_classes, allow_abbrev=False)
@@ -177,7 +177,8 @@ def tell_job(name: str, text: str) -> None:
             (folder / name).write_text(text)
 
 
-def _one_line(kind, error, trace) -> None:
+def one_line(kind, error, trace) -> None:
+    """For sys.excepthook."""
     rank = os.environ.get("RANK", 0)
     if not isinstance(error, UserError):
         tell_job(f"error-{rank}.txt", "".join(traceback.format_exception(kind, error, trace)))

@@ -148,8 +148,8 @@ watch_time() {
 }
 
 launch() {
-    local hosts more words step
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    local hosts=(localhost) more words step
+    if ((nodes > 1)); then mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
     split more "${RECIPES_LAUNCH_FLAGS:-}"
     words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))
     words+=(--main_process_ip "${MASTER_ADDR:-${hosts[0]}}" --main_process_port "$(free_port)")
