@@ -148,7 +148,7 @@ watch_time() {
 }
 
 launch() {
-    local hosts=(localhost) more words step
+    local hosts=(127.0.0.1) more words step
     if ((nodes > 1)); then mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
     split more "${RECIPES_LAUNCH_FLAGS:-}"
     words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))

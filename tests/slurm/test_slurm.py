@@ -116,7 +116,7 @@ def limited(cluster, tmp_path_factory) -> SimpleNamespace:
     jobs = Jobs(cluster, tmp_path_factory.mktemp("limited"))
     pause = jobs.stop_at(3)
     end = str(int(time.time()) + 7200)  # so that the run itself sees no deadline
-    options = ["--account=project@v100", "--time=1"]
+    options = ["--account=project@v100", "--time=1", "--signal=B:CONT@1"]  # no other signal before
     job = jobs.submit("limited", *options, machine="v100", SLURM_JOB_END_TIME=end)
     return SimpleNamespace(jobs=jobs, job=job, pause=pause)
 
@@ -361,7 +361,7 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
     for place in places.values():
         place.mkdir()
     (tmp_path / "venv/bin").mkdir(parents=True)
-    (tmp_path / "venv/bin/python").write_text(f'#!/bin/bash\nSET_UP=yes exec {shutil.which("python")} "$@"\n')
+    (tmp_path / "venv/bin/python").write_text(f'#!/bin/bash\ntouch used\nexec {sys.executable} "$@"\n')
     (tmp_path / "venv/bin/python").chmod(0o755)
     (tmp_path / "setup.sh").write_text('kill -USR1 $$\nexport PATH=$PWD/venv/bin:$PATH\necho "unpacked $UNSET"\n')
     words = [
@@ -377,19 +377,20 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
     batch = ["--global_batch_size", "63", "--max_steps", "2"]
     job = cluster.sbatch(*words, *jobs.flags("plain"), *batch, cwd=tmp_path, **{k: str(v) for k, v in places.items()})
     log = job.wait_completed().log
-    assert log.startswith("unpacked \nmachine ")
+    assert re.match(r"unpacked \n.*^machine  ", log, re.S | re.M)
+    assert (tmp_path / "used").exists()
     assert re.search(r"^GPUs a node +1 +\$SLURM_GPUS_ON_NODE$", log, re.M)
     assert "process 0 1 0 r1i0n0 offline" in log
     caches = [tmp_path / name for name in ("work/.cache/huggingface", "work/.cache/torch")]
     caches += [tmp_path / name for name in ("scratch/.cache/triton", "scratch/.cache/inductor", "jobscratch")]
-    assert " ".join(["others 1 1", *map(str, caches), "localhost"]) in log
+    assert " ".join(["others 1 1", *map(str, caches), "127.0.0.1"]) in log
     assert jobs.result("plain").summary["status"] == "finished"
     assert jobs.result("plain").config["identity"]["mixed_precision"] == "bf16"
     assert list((tmp_path / "jobscratch").iterdir()) == []
     refused = cluster.sbatch(*words, *jobs.flags("no"), "--lr", "1", cwd=tmp_path, RECIPES_SETUP="setup.sh")
     refused.wait_until("FAILED")
-    assert refused.log.splitlines()[1].startswith("error: unknown flag --lr.")
-    assert len(refused.log.splitlines()) == 2
+    assert refused.log.splitlines()[-1].startswith("error: unknown flag --lr.")
+    assert "srun" not in refused.log
     assert not jobs.result("no").folder.exists()
 
 
@@ -548,6 +549,16 @@ def test_a_lost_node_requeues_a_job_twice_and_no_more(alone):
         log = alone(*words, before=line * times, RECIPES_MODULES="")
         assert log.count("requeue 7") == requeued, log
         assert ("no process has left a traceback" in log) != requeued
+
+
+def test_a_signal_before_the_trap_is_heeded_in_a_long_job(alone, tmp_path):
+    (tmp_path / "bin/srun").write_text('#!/bin/bash\nls "$RECIPES_JOB_FOLDER"\nexit 1\n')
+    (tmp_path / "setup.sh").write_text("kill -USR1 $$\n")
+    for seconds in (600, 7200):
+        end = str(int(time.time()) + seconds)
+        log = alone("ddp", str(ROOT / "recipes/vit.py"), RECIPES_SETUP="setup.sh", SLURM_JOB_END_TIME=end)
+        assert ("STOP" in log.split()) == (seconds == 7200)
+        assert "started" in log.split()
 
 
 def test_an_active_environment_wins_over_the_module(alone, tmp_path):
