@@ -4,13 +4,14 @@
     python benchmarks/job_start.py [--rounds 3]
 
 On a Slurm of this machine (tests/slurm/cluster.py; needs Debian's slurm-wlm and munge), one CPU process of one node:
-`accelerate launch` by hand, the same by slurm/submit.sh, whose job knows that the preflight was made, and by plain
-sbatch, whose job makes it. In turn, each in a folder of its own. A job starts with the first line of its script; the
-step is done when it stands in metrics.jsonl. Prints a table and writes
+`accelerate launch` by hand; the same as a job without a preflight, as one of slurm/submit.sh is, which has made it; as
+one of plain sbatch, which makes it. In turn, each in a folder of its own. A job starts with the first line of its
+script; the step is done when it stands in metrics.jsonl. Prints a table and writes
 benchmarks/results/job_start_<hardware>_<date>.json.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,33 +52,34 @@ def main() -> int:
         finally:
             cluster.stop()
     print(table(rows))
-    print(write("job_start", rows))
+    print(write("job_start", rows, load_average=os.getloadavg()[2]))
     return 0
 
 
 def measure(cluster: Cluster, folder: Path, rounds: int) -> list[dict]:
     ways = {
         "accelerate launch": lambda run: local(cluster, run),
-        "slurm/submit.sh": lambda run: job(cluster, run, str(ROOT / "slurm/submit.sh"), "h100", "ddp", *SCRIPT, "--"),
-        "sbatch": lambda run: job(cluster, run, "sbatch", *SCRIPT, str(ROOT / "slurm/h100.slurm"), "ddp"),
+        "job after submit.sh": lambda run: job(cluster, run, RECIPES_PREFLIGHT="off"),
+        "job by sbatch": lambda run: job(cluster, run),
         "preflight": lambda run: preflight(cluster, run),
         "preflight --memory": lambda run: preflight(cluster, run, "--memory"),
     }
     times = {name: [] for name in ways}
-    for number in range(1 + rounds):  # the first one warms up
+    for number in range(rounds):
         for name, way in ways.items():
             run = folder / f"{number} {name.replace('/', ' ')}"
             run.mkdir(parents=True)
             times[name].append(way(run))
-    base = [seconds for seconds, _ in times["accelerate launch"][1:]]
-    return [row(name, values[1:], base) for name, values in times.items()]
+            print(name, times[name][-1], file=sys.stderr, flush=True)
+    base = [seconds for seconds, _ in times["accelerate launch"]]
+    return [row(name, values, base) for name, values in times.items()]
 
 
 def row(name: str, values: list[tuple[float, float | None]], base: list[float]) -> dict:
     """Seconds; what is added is taken round by round."""
     seconds, waits = zip(*values, strict=True)
     result = {"what": name, "seconds": median_and_spread(seconds)}
-    if name in ("slurm/submit.sh", "sbatch"):
+    if name.startswith("job"):
         added = [one - other for one, other in zip(seconds, base, strict=True)]
         result |= {"added, s": median_and_spread(added), "from submit to start, s": median_and_spread(waits)}
     return result
@@ -93,10 +95,11 @@ def local(cluster: Cluster, run: Path) -> tuple[float, None]:
     return seconds, None
 
 
-def job(cluster: Cluster, run: Path, *words: str) -> tuple[float, float]:
+def job(cluster: Cluster, run: Path, **variables: str) -> tuple[float, float]:
     """Seconds from the job's start, and from its submission to that."""
     (run / "begin.sh").write_text("date +%s.%N >begin\n")
-    job: Job = cluster.sbatch(*words, RECIPE, *FLAGS, "--output_dir", "run", cwd=run, **JOB)
+    words = ["sbatch", *SCRIPT, str(ROOT / "slurm/h100.slurm"), "ddp", RECIPE, *FLAGS, "--output_dir", "run"]
+    job: Job = cluster.sbatch(*words, cwd=run, **JOB, **variables)
     submitted = time.time()
     end = first_step(run, lambda: job.state in ("FAILED", "CANCELLED"))
     begin = float((run / "begin").read_text())

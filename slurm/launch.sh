@@ -76,10 +76,10 @@ add_line() {
 
 # Into an array, at spaces outside quotes, as the preflight does it.
 split() {
-    python -S -c 'import shlex, sys; shlex.split(sys.argv[1])' "$2" 2>/dev/null || fail "cannot split: $2"
-    mapfile -d '' -t "$1" < <(python -S -c 'import os, shlex, sys
-for word in shlex.split(sys.argv[1]):
-    sys.stdout.buffer.write(os.fsencode(word) + b"\0")' "$2")
+    local quoted
+    quoted=$(python -S -c 'import shlex, sys; print(*map(shlex.quote, shlex.split(sys.argv[1])))' "$2" 2>/dev/null) ||
+        fail "cannot split: $2"
+    eval "$1=($quoted)"
 }
 
 # An array's last task shares its plain number with the whole array.

@@ -187,7 +187,7 @@ class Cluster:
         assert process.returncode == 0, process.stdout + process.stderr
         return Job(self, int(re.findall(r"Submitted batch job (\d+)", process.stdout)[0]), cwd, process.stdout)
 
-    def command(self, *words: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:
+    def command(self, *words: str, timeout: float = MOST_SECONDS, **options) -> subprocess.CompletedProcess:
         options = {"env": self.environment, **options}
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout, **options)
 
