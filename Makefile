@@ -4,14 +4,15 @@
 PYTHON ?= python3
 EXTRAS ?= dev
 UV_VERSION := 0.13.9
+OLDEST := deepspeed datasets webdataset torchdata dali
 BIN := .venv/bin
 DEMO := accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
 STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo smoke test soak bench lint lock help
+.PHONY: setup demo smoke test test-oldest soak bench lint lock help
 
 help:  ## these lines
-	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' Makefile
 
 setup: $(STAMP)  ## make .venv and install what requirements.lock pins (EXTRAS="dev deepspeed" for more)
 
@@ -31,6 +32,11 @@ smoke: setup  ## two real steps of every recipe on this machine's GPU, else its 
 
 test: setup lint  ## the whole suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-oldest: setup  ## two steps of every recipe with the oldest versions of pyproject.toml (PYTHON up to 3.13); once a release
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	VIRTUAL_ENV=$(CURDIR)/.venv-oldest $(BIN)/uv pip install --quiet --compile-bytecode --resolution lowest-direct -r pyproject.toml $(OLDEST:%=--extra %)
+	.venv-oldest/bin/python benchmarks/oldest.py
 
 soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/
 	$(BIN)/python tests/soak.py $(KILLS)

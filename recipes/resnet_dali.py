@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.8", "torchvision", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
-#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm", "tensorboard", "simplejpeg>=1.8",
+#   "torch>=2.8", "torchvision>=0.23", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
+#   "scikit-learn>=1.5", "filelock>=3.12", "tqdm>=4.66", "tensorboard>=2.18", "simplejpeg>=1.8",
 #   "nvidia-dali-cuda130; sys_platform == 'linux'",
 # ]
 # ///
@@ -40,7 +40,7 @@ from torchvision import models
 from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
-from shared.config import RunConfig, UserError, parse
+from shared.config import RunConfig, UserError, parse, say
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.data.decode import intact, plain_jpeg, render, scaled
 from shared.metrics import Evaluation
@@ -107,7 +107,7 @@ class Dali:
             (pixels,) = self.pipeline.run(**dict(zip(FED, map(list, fed), strict=True)))
         except RuntimeError as error:  # one image stops a pipeline for good: our decoder finds out which
             self.pipeline = None
-            print(f"DALI failed, so this batch is decoded without it: {error}", file=sys.stderr, flush=True)
+            say(f"DALI failed, so this batch is decoded without it: {error}", sys.stderr)
             return self.views.__getitems__(samples)
         images = batch.images.to(self.device)
         images[torch.tensor(rows, device=self.device)] = torch.from_dlpack(pixels.as_tensor())

@@ -117,7 +117,7 @@ def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
 
     From here on an uncaught UserError ends the program with one `error:` line from rank 0 and exit status 1.
     """
-    sys.excepthook = _one_line
+    sys.excepthook = one_line
     if "--help" in (arguments or sys.argv) and int(os.environ.get("RANK", 0)) != 0:
         sys.exit(0)
     parser = _Parser(config_classes, allow_abbrev=False)
@@ -164,6 +164,13 @@ def identity_hash(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def say(line: str, stream=None) -> None:
+    """Print at once, on standard output or the stream. Where it cannot be written (`| tee log`, which Ctrl-C ends
+    first; a log on a full disk) the words are lost, and the run goes on."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream or sys.stdout, flush=True)
+
+
 def job_folder() -> Path | None:
     """Where slurm/launch.sh and the processes that it started tell each other what they know."""
     return Path(os.environ["RECIPES_JOB_FOLDER"]) if "RECIPES_JOB_FOLDER" in os.environ else None
@@ -176,7 +183,8 @@ def tell_job(name: str, text: str) -> None:
             (folder / name).write_text(text)
 
 
-def _one_line(kind, error, trace) -> None:
+def one_line(kind, error, trace) -> None:
+    """For sys.excepthook."""
     rank = os.environ.get("RANK", 0)
     if not isinstance(error, UserError):
         tell_job(f"error-{rank}.txt", "".join(traceback.format_exception(kind, error, trace)))

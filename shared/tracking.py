@@ -39,7 +39,7 @@ from .checkpoint import (
     put_aside,
     read_manifest,
 )
-from .config import RunConfig, UserError, identity, identity_hash, tell_job
+from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch
 from .interruption import Interruption
 from .tensor_files import replace_text, to_disk
@@ -95,12 +95,12 @@ class Run:
         with _writing(self.folder):
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = _lock(self.folder)
-        print(self.folder, flush=True)
+        say(str(self.folder))
         tell_job("run_folder", str(self.folder.resolve()))
         folder = self.folder / "checkpoints"
         checkpoint, damaged = checkpoint_to_resume(folder, self.run_config.resume_from_checkpoint)
         for line in damaged:
-            print(f"{line}; the one before it is taken", file=sys.stderr, flush=True)
+            say(f"{line}; the one before it is taken", sys.stderr)
         self._refuse_other_values(checkpoint)
         for unfinished in folder.glob("tmp-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -573,7 +573,7 @@ class Run:
     def say(self, line: str) -> None:
         """Print one line from rank 0, above the bar."""
         if self.accelerator.is_main_process:
-            with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends a `| tee log` first
+            with contextlib.suppress(OSError):  # as shared.config.say
                 tqdm.write(line)
                 sys.stdout.flush()
 
@@ -585,7 +585,7 @@ def _lock(folder: Path) -> FileLock:
         return lock
     holder = _read_json(folder / "summary.json")
     use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    print(f"{use}; waiting {LOCK_SECONDS} s for it to end", file=sys.stderr, flush=True)
+    say(f"{use}; waiting {LOCK_SECONDS} s for it to end", sys.stderr)
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:

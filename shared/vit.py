@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import httpx
 import torch
+import transformers
 from huggingface_hub import snapshot_download
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import interpolate
@@ -20,8 +22,15 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .config import UserError
+from .config import UserError, one_line
 from .data.order import hash64
+
+if Version(transformers.__version__) < Version(LEAST := "5.17"):  # from which on its blocks are those below
+    sys.excepthook = one_line  # the command line has not been read yet
+    raise UserError(
+        f"the Vision Transformer needs transformers {LEAST}, and this is {transformers.__version__}. Load a newer "
+        f"module, or pip install 'transformers>={LEAST}'."
+    )
 
 # name: width, blocks, heads, MLP width. Ti to L: Dosovitskiy et al., arXiv:2010.11929, and Touvron et al.,
 # arXiv:2012.12877; H, g and G (1.8 billion parameters, "2B"): Zhai et al., arXiv:2106.04560. demo: ours.
@@ -215,6 +224,8 @@ def find_pretrained(name: str) -> Path:
     for folder in tried:
         if (folder / "config.json").is_file():
             return folder
+    import httpx  # of a newer hub's client than the oldest one
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError, httpx.HTTPError) as error:

@@ -8,17 +8,20 @@
 #
 # Variables to export before sbatch:
 #   RECIPES_ROOT                 the folder of slurm/, where it is not the one that you submit from
-#   RECIPES_MODULES              modules to load; empty = none
+#   RECIPES_MODULES              modules to load; empty = none. An active environment that has accelerate wins
+#   RECIPES_SETUP                a file to source before python is looked for: unpacks an environment, say
+#   RECIPES_PREFLIGHT            off = no preflight in the job
 #   RECIPES_MAX_RESTARTS         requeues at most (100)
 #   RECIPES_PROCESSES_PER_NODE   instead of one a GPU
 #   RECIPES_LAUNCH_FLAGS         more flags for accelerate launch, such as --mixed_precision no
 #   MASTER_ADDR                  where the first node's name does not resolve
-set -euo pipefail
 
 main() {
     trap 'trapped=1 ended=1' TERM
-    read_words "$@"
+    load_environment
+    set -euo pipefail
     command -v python >/dev/null || fail "no python. Activate your environment before sbatch, or see RECIPES_MODULES."
+    read_words "$@"
     name_job
     preflight
     prepare_environment
@@ -27,6 +30,21 @@ main() {
     local status=0
     launch || status=$?
     conclude "$status"
+}
+
+# An environment of your own, activated before sbatch, comes with the job; else a module brings python. `module` and
+# what activates an environment read variables that nobody set.
+load_environment() {
+    local own=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    # A module of the login shell, which was for its own GPUs, may be a conda environment too.
+    if [[ ! -x $own/bin/accelerate || :${LOADEDMODULES:-}: == *:pytorch-gpu/* ]] && [[ ${RECIPES_MODULES-set} ]] &&
+        command -v module >/dev/null; then
+        module purge
+        # shellcheck disable=SC2086  # several names
+        module load ${RECIPES_MODULES:-$MODULES}
+    fi
+    # shellcheck disable=SC1090  # the user's
+    if [[ ${RECIPES_SETUP:-} ]]; then source "$RECIPES_SETUP" || fail "RECIPES_SETUP failed: $RECIPES_SETUP."; fi
 }
 
 fail() {
@@ -56,10 +74,12 @@ add_line() {
     flags+=("${words[@]}")
 }
 
-# Into an array, at spaces outside quotes.
+# Into an array, at spaces outside quotes, as the preflight does it.
 split() {
-    xargs true <<<"$2" || fail "cannot split: $2"
-    mapfile -d '' -t "$1" < <(xargs -r printf '%s\0' <<<"$2")
+    local quoted
+    quoted=$(python -S -c 'import shlex, sys; print(*map(shlex.quote, shlex.split(sys.argv[1])))' "$2" 2>/dev/null) ||
+        fail "cannot split: $2"
+    eval "$1=($quoted)"
 }
 
 # An array's last task shares its plain number with the whole array.
@@ -71,9 +91,14 @@ name_job() {
     [[ $per_node ]] || fail "Slurm gave no GPUs. Ask for them (--gres=gpu:4), or export RECIPES_PROCESSES_PER_NODE."
 }
 
+# submit.sh leaves the sum of what it has checked.
 preflight() {
-    if [[ ${RECIPES_PREFLIGHT:-} == passed || ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then return; fi
-    python "$ROOT/tools/preflight.py" "$MACHINE" "$strategy" --nodes "$nodes" -- "$recipe" "${flags[@]}" || exit 1
+    local sum
+    sum=$(printf '%s\0' "$MACHINE" "$strategy" "$recipe" "${flags[@]}" | cksum)
+    if [[ ${RECIPES_PREFLIGHT:-} == off || ${RECIPES_PREFLIGHT:-} == "$sum" || ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
+        return
+    fi
+    python "$ROOT/tools/preflight.py" "$MACHINE" "$strategy" --in_job -- "$recipe" "${flags[@]}" || exit 1
 }
 
 prepare_environment() {
@@ -115,21 +140,25 @@ watch_time() {
     fi
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
     # --signal=B:USR1@600 comes at the start of a job of ten minutes; such a short one has the end time alone.
-    if ((${SLURM_JOB_END_TIME:-0} && SLURM_JOB_END_TIME - $(date +%s) < 1200)); then trap 'trapped=1' USR1; fi
+    if ((${SLURM_JOB_END_TIME:-0} && SLURM_JOB_END_TIME - $(date +%s) < 1200)); then
+        trap 'trapped=1' USR1
+    elif [[ ${early:-} ]]; then
+        touch "$RECIPES_JOB_FOLDER/STOP"
+    fi
 }
 
 launch() {
-    local hosts more words step
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    local hosts=(127.0.0.1) more words step
+    if ((nodes > 1)); then mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
     split more "${RECIPES_LAUNCH_FLAGS:-}"
     words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))
     words+=(--main_process_ip "${MASTER_ADDR:-${hosts[0]}}" --main_process_port "$(free_port)")
     # The YAML's own values of these two are ignored; c10d would sort the nodes anew.
     words+=(--rdzv_backend static --same_network)
-    # Each line of the log carries its node and local rank.
-    words+=(--tee 3 --log_dir "$RECIPES_JOB_FOLDER/log")
+    # Each line of the log carries its node and local rank; on_node says where the files lie.
+    words+=(--tee 3)
     if [[ $strategy == hsdp ]]; then words+=(--parallelism_config_dp_replicate_size "$nodes"); fi
-    export -f on_node wait_for
+    export -f on_node wait_for report_failure
     # A process group of its own: Slurm then signals this shell alone. srun would kill what is to write a checkpoint.
     set -m
     srun --kill-on-bad-exit=1 --wait=60 --label bash -c 'on_node "$@"' on_node \
@@ -157,20 +186,40 @@ PYTHON
 
 # On each node, once: the launcher of its processes. SLURM_NODEID must be read here, or every node is the first.
 on_node() {
-    local trapped launcher
+    local trapped launcher logs status=0
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
     trap 'trapped=1; trap "trapped=1" TERM; kill -TERM "$launcher"' TERM
+    # What the processes print goes by files of the node: a quota that is full costs no run its words.
+    logs=$(mktemp -d -p /tmp recipes-XXXXXX 2>/dev/null) || logs=$(mktemp -d -p "$RECIPES_JOB_FOLDER" log-XXXXXX)
     # In a group of its own too, and told once: Slurm repeats SIGTERM, and the second one ends a launcher that waits for
     # its workers to save.
     set -m
     (
         # The launcher would die of them; the training processes have handlers of their own.
         trap '' USR1 USR2
-        exec python -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" --role "$SLURMD_NODENAME:" "$@"
+        exec python -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" --role "$SLURMD_NODENAME:" \
+            --log_dir "$logs" "$@" 2> >(trap '' TERM INT USR1 USR2; exec tee -i "$logs/launcher" >&2)
     ) &
     launcher=$!
     set +m
-    wait_for "$launcher"
+    wait_for "$launcher" || status=$?
+    if ((status)); then report_failure "$logs"; fi
+    rm -rf "$logs"
+    # srun ends the other nodes with this one: leave them the time to say what they know.
+    if ((status && SLURM_JOB_NUM_NODES > 1)); then sleep 5; fi
+    return "$status"
+}
+
+# From torchrun's report, into died-RANK.txt: its first process that failed, by which status, and its last words.
+report_failure() {
+    local rank local_rank code
+    sleep 0.2 # tee ends a moment later
+    read -r rank local_rank code < <(sed -n '/Root Cause/,$p' "$1/launcher" | tr -d '()' |
+        awk '$1 == "rank" {rank = $3; inner = $5} $1 == "exitcode" {print rank, inner, $3; exit}') || return 0
+    {
+        echo "$code"
+        tail -n 60 "$1"/*/attempt_0/"$local_rank"/stderr.log
+    } >"$RECIPES_JOB_FOLDER/died-$rank.txt" 2>/dev/null || true
 }
 
 # A signal's trap ends `wait` early.
@@ -198,7 +247,8 @@ conclude() {
         echo "stopped by a STOP file; the same command goes on"
     elif [[ $state == interrupted ]]; then
         requeue "$reason"
-    elif ((nodes > 1)) && ! nodes_answer; then
+    elif ((nodes > 1)) && ! nodes_answer && (($(grep -c '(a node does not answer)' "/proc/$$/fd/1") < 2)); then
+        # Twice at most, by this log: what else could be wrong with srun must not go on for ever.
         requeue "a node does not answer"
     else
         show_first_error "$status"
@@ -235,17 +285,31 @@ nodes_answer() {
     timeout 60 srun --overlap --quiet true </dev/null 2>/dev/null
 }
 
+# The last lines of the log: what came first. A process that was killed leaves its peers with an error about their
+# connection, at the same instant; one that failed before it had begun leaves no error-RANK.txt.
 show_first_error() {
-    local first first_rank
-    first=$(find "$RECIPES_JOB_FOLDER" -maxdepth 1 -name 'error-*.txt' -printf '%T@ %p\n' | sort -n | sed -n '1s/^[^ ]* //p')
-    if [[ $first ]]; then
-        first_rank=${first##*error-}
-        echo "The first process that failed is rank ${first_rank%.txt}:"
+    local first killed rank number
+    killed=$(grep -lsxE -- '-(4|7|8|9|11)' "$RECIPES_JOB_FOLDER"/died-*.txt | head -n 1) || true
+    first=$(oldest 'error-*.txt')
+    first=${first:-$(oldest 'died-*.txt')}
+    rank=${killed:-$first} rank=${rank##*-} rank=${rank%.txt}
+    if [[ $rank ]]; then echo "The first process that failed is rank $rank:"; fi
+    if [[ $killed ]]; then
+        sed 1d "$killed"
+        read -r number <"$killed"
+        echo "error: rank $rank was killed by SIG$(kill -l "${number#-}"), by the system where memory was short." >&2
+    elif [[ $first == */died-* ]]; then
+        sed 1d "$first"
+    elif [[ $first ]]; then
         cat "$first"
     else
         echo "error: exit status $1, and no process has left a traceback: see the lines above, or the memory used." >&2
     fi
     exit $(($1 ? $1 : 1))
+}
+
+oldest() {
+    find "$RECIPES_JOB_FOLDER" -maxdepth 1 -name "$1" -printf '%T@ %p\n' | sort -n | sed -n '1s/^[^ ]* //p'
 }
 
 main "$@"

@@ -3,7 +3,8 @@
 # Check a job here, on the login node, then submit it:
 #   slurm/submit.sh MACHINE STRATEGY [sbatch options] -- RECIPE [flags]
 #   slurm/submit.sh h100 fsdp --nodes=16 --time=20:00:00 -A PROJECT@h100 -- recipes/vit.py --global_batch_size 4096
-# --dry_run among the options stops before sbatch. slurm/launch.sh says which variables change a job.
+# Among the options --dry_run stops before sbatch, and --memory estimates the bytes of a GPU. slurm/launch.sh says which
+# variables change a job.
 set -euo pipefail
 
 main() {
@@ -11,9 +12,12 @@ main() {
     export RECIPES_ROOT
     read_words "$@"
     [[ -f $RECIPES_ROOT/slurm/$machine.slurm ]] || fail "no machine $machine. There are: $(machines)."
-    python "$RECIPES_ROOT/tools/preflight.py" "$machine" "$strategy" "${options[@]}" -- "$recipe" "${flags[@]}" || exit 1
-    # A sweep's lines differ: each task checks its own.
-    [[ " ${flags[*]}" == *" @"* ]] || export RECIPES_PREFLIGHT=passed
+    command -v python >/dev/null || fail "no python to check the job with. Load a module, or activate your environment."
+    python "$RECIPES_ROOT/tools/preflight.py" "$machine" "$strategy" "${memory[@]}" "${options[@]}" -- \
+        "$recipe" "${flags[@]}" || exit 1
+    # For the job: what has been checked. A sweep's lines differ, so each of its tasks checks its own.
+    RECIPES_PREFLIGHT=$(printf '%s\0' "$machine" "$strategy" "$recipe" "${flags[@]}" | cksum)
+    export RECIPES_PREFLIGHT
     # The log is named after the job: no blanks.
     local name="${recipe##*/}"
     name=${name%.py}-$strategy
@@ -32,10 +36,14 @@ fail() {
 read_words() {
     local usage="give slurm/submit.sh MACHINE STRATEGY [sbatch options] -- RECIPE [flags]"
     (($# >= 4)) || fail "$usage."
-    machine=$1 strategy=$2 options=() dry_run=''
+    machine=$1 strategy=$2 options=() memory=() dry_run=''
     shift 2
     while (($#)) && [[ $1 != -- ]]; do
-        if [[ $1 == --dry_run ]]; then dry_run=yes; else options+=("$1"); fi
+        case $1 in
+            --dry_run) dry_run=yes ;;
+            --memory) memory=(--memory) ;;
+            *) options+=("$1") ;;
+        esac
         shift
     done
     (($# >= 2)) || fail "$usage; no recipe follows --."

@@ -2,16 +2,22 @@
 """Bad input: one `error:` line with the remedy, a non-zero status, nothing lost."""
 
 import importlib
+import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, environment, launch_command, python
 
-from shared.config import RunConfig, UserError, parse
+from shared.config import RunConfig, UserError, parse, say
 from shared.data import TrainingOrder, open_data
+from shared.interruption import Interruption
+from shared.tracking import Run
 
 
 def refusal(*arguments, recipe: str = "resnet", **variables: str) -> str:
@@ -25,6 +31,23 @@ def refusal(*arguments, recipe: str = "resnet", **variables: str) -> str:
     assert len(lines) == 1, process.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def test_a_log_on_a_full_disk_costs_words_and_not_the_run(monkeypatch):
+    """What slurm/launch.sh calls a process's output is a file."""
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        print("lost", flush=True)
+    say("lost")
+    say("lost", sys.stderr)
+    Run.say(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True)), "lost")
+    # A signal's handler writes by itself.
+    noted = []
+    monkeypatch.setattr(os, "write", lambda _, text: full.buffer.write(text))
+    Interruption._note_signal(SimpleNamespace(watches=True, seen=0, note=noted.append), signal.SIGUSR1, None)
+    assert noted == ["signal"]
 
 
 def write(path, text="x"):

@@ -86,13 +86,14 @@ def sound(machine: str, strategy: str, recipe: str, *flags: str, nodes: int = 2)
 
 
 def test_the_resolved_job_and_its_origins():
-    words = "h100 fsdp -N4 --time 20:00:00 --mail-type END -- recipes/vit.py --global_batch_size=1024 --epochs 3"
+    words = "h100 fsdp -N4 --time 20:00:00 --mail-type END --exclusive -- recipes/vit.py --global_batch_size=1024"
+    words += " --epochs 3 --drop_path=0.1"
     process = command_line(words.split(), SBATCH_ACCOUNT="abc@h100", SBATCH_QOS="qos_gpu_h100-t3")
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     lines, table = process.stdout.splitlines(), rows(process.stdout)
-    assert len(lines) <= 25
-    assert max(map(len, lines[:10])) < 119
+    assert len(lines) <= 35
+    assert max(map(len, lines[:-1])) < 140
     assert len({line.index(table[name][0]) for line in lines if (name := line.split("  ")[0]) in table}) == 1
     yaml_name, command, header = "accelerate_configs/h100_fsdp.yaml", "command line", "slurm/h100.slurm"
     expected = {
@@ -102,6 +103,14 @@ def test_the_resolved_job_and_its_origins():
         "GPUs a node": ("4", header),
         "world size": ("16 = 4 nodes x 4", "nodes, GPUs a node"),
         "precision": ("bf16", yaml_name),
+        "fsdp_transformer_layer_cls_to_wrap": ("DropPathLayer", yaml_name),
+        "fsdp_reshard_after_forward": ("True", yaml_name),
+        "data": ("digits", "vit.py"),
+        "model": ("demo", "vit.py"),
+        "image_size": ("32", "vit.py"),
+        "epochs": ("3", command),
+        "learning_rate": ("0.002", "vit.py"),
+        "drop_path": ("0.1", command),  # what else is given
         "data-parallel size": ("16", "world size"),
         "batch": ("1024 = 16 (data-parallel) x 64 (images) x 1 (accumulation)", "command line, vit.py"),
         "checkpoints": ("each epoch", "vit.py"),
@@ -134,20 +143,34 @@ def test_values_come_from_the_command_line_before_the_environment_before_the_hea
     assert run(*words).rows["time"] == ("2:00:00", "$SBATCH_TIMELIMIT")
     given = run("a100", "ddp", "-t", "3:00:00", *words[2:])
     assert given.rows["time"] == ("3:00:00", "command line")
-    assert run("a100", "ddp", "--gres=gpu:a100:2", *words[2:]).rows["world size"][0] == "4 = 2 nodes x 2"
+    for option in ("--gres=gpu:a100:2", "--gres=gpu:2,lscratch:10", "--gres=lscratch:10,gpu:2", "--gpus-per-node=2"):
+        assert run("a100", "ddp", option, *words[2:]).rows["world size"][0] == "4 = 2 nodes x 2"
+    # sbatch reads no such variable.
+    monkeypatch.setenv("SLURM_ACCOUNT", "abc@a100")
+    assert "no account is given" in run("a100", "ddp", *words[4:]).errors[0]
+    assert run("v100x8", "ddp", "-p", "gpu_p2l", "-A", "abc@v100", *words[6:]).status == 0  # of the same nodes
 
 
 def test_in_a_job_slurms_variables_count_and_who_may_submit_is_not_asked(run, monkeypatch):
     variables = {"JOB_ID": "7", "JOB_NUM_NODES": "3", "JOB_QOS": "other", "JOB_PARTITION": "x"}
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    job = run("h100", "hsdp", "--", "recipes/vit.py", "--global_batch_size", "96")
+    words = ["--in_job", "--", "recipes/vit.py", "--global_batch_size", "96"]
+    job = run("h100", "hsdp", *words)
     assert job.status == 0
     assert job.rows["nodes"] == ("3", "$SLURM_JOB_NUM_NODES")
     assert job.rows["replicas"] == ("3, each sharded over a node", "nodes")
     assert job.rows["time"] == ("unknown", "default")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")  # by sbatch --gres=gpu:2, which slurm/launch.sh follows
+    job = run("h100", "ddp", *words)
+    assert job.rows["GPUs a node"] == ("2", "$SLURM_GPUS_ON_NODE")
+    assert job.rows["data-parallel size"][0] == "6"
     monkeypatch.setenv("RECIPES_PROCESSES_PER_NODE", "1")
-    assert run("h100", "ddp", "--", "recipes/vit.py", "--global_batch_size", "96").rows["data-parallel size"][0] == "3"
+    assert run("h100", "ddp", *words).rows["data-parallel size"][0] == "3"
+    # Submitted from an interactive job, it is another one: of a node, and who may submit is asked.
+    monkeypatch.delenv("RECIPES_PROCESSES_PER_NODE")
+    assert "no account is given" in run("h100", "ddp", *words[1:]).errors[0]
+    assert run("h100", "ddp", "-A", "abc@h100", *words[1:]).rows["world size"][0] == "4 = 1 nodes x 4"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +249,11 @@ TP = "--nodes 2 -A abc@h100 -- recipes/vit_tp.py"
         ("h100 tp -A abc@h100 -- recipes/vit.py", "vit.py does not run under tp. Give ddp or fsdp or"),
         ("h100 ddp --nodes 1-4 " + VIT, "--nodes 1-4 is not one number."),
         ("h100 ddp --gres=gpu:8 " + VIT, "exceeds a node of h100. Give --gres=gpu:N, with N from 1 to 4."),
+        ("h100 ddp --gres=lscratch:10 " + VIT, "--gres=lscratch:10 gives no GPU of h100. Give --gres=gpu:N,"),
+        ("h100 ddp --tim 10 " + VIT, "sbatch has no option --tim in full. The nearest is --time."),
+        ("h100 ddp --nodez=2 " + VIT, "sbatch has no option --nodez in full. The nearest is --nodes."),
+        ("h100 ddp 4 " + VIT, "4 belongs to no option of sbatch. The recipe and its flags come after --."),
+        ("h100 ddp --nodes " + VIT, "sbatch's argument -N/--nodes: expected one argument."),
         ("h100 ddp --time soon " + VIT, "--time soon is no time of Slurm."),
         (f"h100 ddp {VIT} --lr 1", "unknown flag --lr. The nearest is --learning_rate"),
         (
@@ -250,11 +278,19 @@ TP = "--nodes 2 -A abc@h100 -- recipes/vit_tp.py"
         ("h100 ddp -A abc@v100 -- recipes/vit.py", "the account abc@v100 has no hours on h100."),
         (f"h100 ddp -C v100-32g {VIT}", "--constraint v100-32g does not select h100. Give -C h100."),
         ("v100x8 ddp -p gpu_p13 -A abc@v100 -- recipes/vit.py", "does not select v100x8. Give -p gpu_p2."),
+        ("v100 ddp -C a100 -A abc@v100 -- recipes/vit.py", "--constraint a100 selects a100, not v100. Leave it out,"),
+        ("v100 ddp -p gpu_p2 -A abc@v100 -- recipes/vit.py", "--partition gpu_p2 selects v100x8, not v100."),
+        (f"h100 ddp -p gpu_p5 {VIT}", "--partition gpu_p5 selects a100, not h100. Leave it out, or name"),
+        (f"h100 ddp --time 30:00:00 {VIT}",
+         "exceeds the 20 h of qos_gpu_h100-t3, the default QoS. Give --qos=qos_gpu_h100-t4,"),
+        ("v100 ddp -N 129 -A abc@v100 -- recipes/vit.py --global_batch_size 516",
+         "516 GPUs exceed the 512 of qos_gpu-t3, the default QoS. Give fewer --nodes,"),
+        (f"h100 ddp -N 8 --time 30:00:00 {VIT}", "default QoS. Give a shorter --time: a job that is cut off goes on,"),
         ("a100 ddp --time 21:00:00 -A abc@a100 -- recipes/vit.py", "--time 21:00:00 exceeds the 20 h of a100."),
         (f"h100 ddp -t 5:00:00 --qos qos_gpu_h100-dev {VIT}", "2 h of qos_gpu_h100-dev. Give --qos=qos_gpu_h100-t3,"),
         (
             "v100 ddp -N 16 --qos=qos_gpu-dev -A abc@v100 -- recipes/vit.py",
-            "64 GPUs exceed the 32 of qos_gpu-dev. Give fewer --nodes,",
+            "64 GPUs exceed the 32 of qos_gpu-dev. Give --qos=qos_gpu-t3, fewer --nodes,",
         ),
         (f"h100 ddp --qos=qos_gpu-dev {VIT}", "no QoS qos_gpu-dev of h100 is known. The nearest is qos_gpu_h100-dev,"),
         (f"h100 ddp {VIT} --data $DSDIR/imagenet", "$DSDIR is not set, and $DSDIR/imagenet needs it."),
@@ -391,9 +427,16 @@ def test_caches_in_a_small_home_are_refused_where_there_is_room_elsewhere(run, m
     monkeypatch.setenv("WORK", str(tmp_path / "work"))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     (line,) = run(command).errors
-    assert (
-        line == "error: HF_HOME lie in $HOME, which holds 3 GB. Write into ~/.bashrc: export HF_HOME=$WORK/.cache/hf"
+    assert line.endswith(
+        "lie in $HOME, which holds 3 GB. Write into ~/.bashrc: export HF_HOME=$WORK/.cache/huggingface"
     )
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "home/triton"))
+    remedies = run(command).errors[0].partition("export ")[2].split()
+    launch = (ROOT / "slurm/launch.sh").read_text()
+    assert len(remedies) == 2
+    for name, folder in (remedy.split("=") for remedy in remedies):
+        assert f"{name}=${{{name}:-{folder}}}" in launch  # the folder that the job takes
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.delenv("SCRATCH")
     assert "HF_HOME, TRITON_CACHE_DIR lie in $HOME" in run(command).errors[0]
     monkeypatch.delenv("WORK")
@@ -409,14 +452,19 @@ def test_caches_in_a_small_home_are_refused_where_there_is_room_elsewhere(run, m
 def test_full_file_systems(run, monkeypatch, tmp_path):
     real, command = os.statvfs(tmp_path), f"h100 ddp {VIT} --output_dir {tmp_path}/new/run"
     state = {name: getattr(real, name) for name in dir(real) if name.startswith("f_")}
-    full = {"f_blocks": 1000, "f_bfree": 50, "f_bavail": 30, "f_files": 100, "f_ffree": 50, "f_favail": 50}
+    full = {"f_blocks": 1000, "f_bfree": 50, "f_bavail": 30, "f_files": 10**6, "f_ffree": 500_000}
+    full |= {"f_favail": 500_000, "f_frsize": 2**20}
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(**state | full))
     (line,) = run(command).errors
-    assert line == f"error: 97% of the disk of {tmp_path} is used. Remove files, or change --output_dir."
+    assert line.startswith(f"error: 97% of the disk of {tmp_path} is used, and a run may need more than the rest.")
+    assert line.endswith("Remove files, change --output_dir, or RECIPES_PREFLIGHT_SKIP=quotas.")
+    # The same share of a petabyte leaves 30 TB.
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(**state | full | {"f_frsize": 2**40}))
+    assert run(command).status == 0
     monkeypatch.setattr(
         os, "statvfs", lambda _: SimpleNamespace(**state | full | {"f_bavail": 90, "f_ffree": 1, "f_favail": 1})
     )
-    assert "99% of the inodes of" in run(command).errors[0]
+    assert "100% of the inodes of" in run(command).errors[0]
 
 
 def test_quotas_of_lustre(run, monkeypatch, tmp_path):
@@ -431,8 +479,22 @@ def test_quotas_of_lustre(run, monkeypatch, tmp_path):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    (line,) = run(f"h100 ddp {VIT} --output_dir {tmp_path}/run").errors
-    assert f"100% of the inodes quota (p 4242) of {tmp_path} is used." in line
+    command = f"h100 ddp {VIT} --output_dir {tmp_path}/run"
+    (line,) = run(command).errors
+    assert f"100% of the inodes quota (p 4242) of {tmp_path} is used, and" in line
+    tool.write_text(tool.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\necho $* >>{tmp_path}/asked\n"))
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("".join(f"--output_dir {tmp_path}/{name}\n" for name in "abc"))
+    assert len(run(f"h100 ddp --array=1-3 {VIT} @{sweep}").errors) == 1
+    assert len((tmp_path / "asked").read_text().splitlines()) == 4  # once for all, the project and three quotas
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: raise_(subprocess.TimeoutExpired("lfs", 5)))
+    late = run(command)
+    assert late.status == 0
+    assert f"warning: lfs does not tell the quotas of {tmp_path}: TimeoutExpired." in late.out
+
+
+def raise_(error):
+    raise error
 
 
 def test_versions_below_the_bounds(run, monkeypatch):
@@ -496,6 +558,29 @@ def test_a_copied_recipe_is_read_with_its_own_parts(run, tmp_path):
 
 
 # Memory
+
+
+def test_the_time_of_an_all_reduce_and_its_source(run, collection):
+    """ViT-S has 22 million weights; what was measured there wins over what others saw."""
+    words = sound("a100", "ddp", "vit", "--model", "S", "--image_size", "224")
+    parts = ["a100", "ddp", "--memory", *words[2:]]
+
+    def line() -> str:
+        return next(line for line in run(*parts).out.splitlines() if line.startswith("Gradients"))
+
+    # 15/8 of 87 MB at 5 GB/s
+    assert line() == "Gradients of 87 MB: about 0.033 s a step by all-reduce at 5 GB/s on the bus (reports of users)."
+    results = collection / "benchmarks/results"
+    results.mkdir(parents=True)
+    for day, per_node, rate in (("2026-01-01", 8, 7.0), ("2026-01-02", 8, 8.6), ("2026-01-03", 16, 200.0)):
+        result = {"processes": 16, "processes_per_node": per_node, "rows": [{"bus, GB/s": {"median": rate}}]}
+        (results / f"allreduce_a100_{day}.json").write_text(json.dumps(result))
+    assert line().endswith("0.019 s a step by all-reduce at 8.6 GB/s on the bus (allreduce_a100_2026-01-02.json).")
+    parts[parts.index("2")] = "1"
+    assert "at 200 GB/s on the bus (allreduce_a100_2026-01-03.json)" in line()
+    words = sound("h100", "ddp", "vit", "--model", "S", "--image_size", "224")
+    parts = ["h100", "ddp", "--memory", *words[2:]]
+    assert "no bandwidth between nodes of h100 is known. Run benchmarks/allreduce.py there." in line()
 
 
 @pytest.fixture(scope="module")

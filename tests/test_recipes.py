@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from conftest import ROOT, environment, launch_command, python
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -183,6 +183,24 @@ def test_each_topology_loads_with_no_ignored_key(path):
     assert not keys & RECIPES_KEYS
     assert text.startswith("# When to use it:")
     assert len(text.splitlines()) < 25
+
+
+def resolved(path: Path) -> dict:
+    """What accelerate makes of a topology, less what a machine decides: precision, processes, HSDP's replicas."""
+    settings = load_config_from_file(str(path)).to_dict()
+    for name in ("mixed_precision", "num_machines", "num_processes", "machine_rank", "main_process_port"):
+        settings.pop(name, None)
+    settings.get("parallelism_config", {}).pop("parallelism_config_dp_replicate_size", None)
+    return settings
+
+
+@pytest.mark.parametrize("path", [path for path in TOPOLOGIES if "local" not in path.stem], ids=lambda path: path.stem)
+def test_each_machines_topology_does_what_the_local_one_does(path):
+    """Whose strategies run on CPU processes in tests/test_strategies.py."""
+    machine, strategy = path.stem.split("_", 1)
+    assert resolved(path) == resolved(path.with_name(f"local_{strategy}.yaml"))
+    precision = yaml.safe_load(path.read_text())["mixed_precision"]
+    assert precision == ("fp16" if machine.startswith("v100") else "bf16")
 
 
 def test_local_cpu_hides_the_gpus_from_two_processes(tmp_path):

@@ -5,6 +5,7 @@ Twenty steps of the demonstration's network in fp32, with clipping and stochasti
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,8 @@ CASES = {
     "vit_fsdp 2": ("vit_fsdp", "fsdp", 2, ["--prefetch", "2"]),
     "vit_fsdp 2x2": ("vit_fsdp", "hsdp", 4, ["--reshard_after_forward", "False"]),
     "vit_zero 2": ("vit_zero", "zero3", 2, []),
+    "vit_zero1 2": ("vit_zero", "zero1", 2, []),
+    "vit_zero2 2": ("vit_zero", "zero2", 2, []),
     "vit_zero 2, offload": ("vit_zero", "zero3_offload", 2, []),
     "tp 2": ("vit_tp", "tp", 2, []),
     "tp 2, by tokens": ("vit_tp", "tp", 2, ["--sequence_parallel"]),
@@ -211,6 +214,44 @@ def test_bf16_stays_within_its_rounding(run, runs, single, half, name):
     np.testing.assert_allclose(losses, exact, rtol=3e-2)
     assert abs(losses / exact - 1).max() > 1e-5  # rounding of fp32 is less: bf16 was at work
     assert result.config["identity"]["mixed_precision"] == "bf16"
+
+
+# The whole table of README.md: each yes, in fp32 and bf16, that none of the cases above has launched
+
+
+def table() -> set[tuple[str, str]]:
+    """(recipe, topology) of each yes."""
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]\(.*?\) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    columns = [["ddp"], ["fsdp"], ["hsdp"], ["zero1", "zero2", "zero3", "zero3_offload"], ["tp"], ["pp"]]
+    cells = [(name, zip(columns, row.split("|")[1:], strict=True)) for name, row in rows]
+    return {(name, each) for name, row in cells for column, cell in row if cell.strip() == "yes" for each in column}
+
+
+TABLE = table() - {("allreduce_pi", "ddp")}  # trains nothing; tests/test_recipes.py runs it
+CHECKED = {"no": {case[:2] for case in CASES.values()}, "bf16": {case[:2] for case in HALF.values()}}
+LEFT = [(precision, *case) for precision, checked in CHECKED.items() for case in sorted(TABLE - checked)]
+
+
+@pytest.mark.parametrize(("precision", "recipe", "topology"), LEFT)
+def test_each_yes_of_the_table_trains(server, tmp_path, precision, recipe, topology):
+    processes = 4 if topology == "hsdp" else 2
+    path = ROOT / f"recipes/{recipe}.py"
+    launch = {"num_processes": processes, "config_file": f"local_{topology}.yaml", "mixed_precision": precision}
+    flags = ["--max_steps", "2", "--logging_steps", "1", "--num_workers", "0", *QUIET]
+    result = train(tmp_path / "run", *flags, recipe=path, server=server, **launch)
+    assert result.summary["status"] == "finished"
+    assert result.summary["world_size"] == processes
+    assert result.config["strategy"] == {"tp": "ddp", "pp": "ddp"}.get(topology, topology.removesuffix("_offload"))
+    assert result.config["identity"]["mixed_precision"] == precision
+    assert len(result.series("loss")) == 2
+    assert np.isfinite(result.series("loss")).all()
+
+
+def test_the_table_has_the_topologies_that_are_there():
+    assert len(TABLE) >= 20
+    assert {topology for _, topology in TABLE} == {
+        path.stem.removeprefix("local_") for path in (ROOT / "accelerate_configs").glob("local_*.yaml")
+    } - {"cpu"}
 
 
 # Fine-tuning: a network of seven classes on larger images becomes one of ten digits

@@ -8,8 +8,9 @@
 
 On a login node, without GPU or network. A value comes from the command line, else the environment, the #SBATCH headers
 of slurm/MACHINE.slurm, accelerate_configs/MACHINE_STRATEGY.yaml, the recipe's flags, its defaults. `@FILE` stands for
-a line of FILE for each task of an array. --memory estimates the bytes per GPU too. Exits with 1 and a line
-`error: <what>. <remedy>` for each problem.
+a line of FILE for each task of an array. --memory estimates the bytes per GPU and the seconds of an all-reduce too;
+--in_job, which slurm/launch.sh gives, asks for the job that runs here. Exits with 1 and a line `error: <what>.
+<remedy>` for each problem.
 
 RECIPES_PREFLIGHT_SKIP=accounts,limits,caches,versions,quotas leaves those checks out: they rest on what users of Jean
 Zay wrote down, and on this machine.
@@ -23,6 +24,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import os
 import platform
@@ -69,15 +71,30 @@ MACHINES = {
 }
 # Hours and GPUs of a job. From users' repositories, where they stand for V100 and are taken for the others; a100 has
 # no t4.
-QOS = {"dev": (2, 32), "t3": (20, 512), "t4": (100, float("inf"))}
+QOS = {"dev": (2, 32), "t3": (20, 512), "t4": (100, 16)}
+DEFAULT_QOS = "t3"
+# What selects nodes, and of which machines.
+SELECTS = {
+    "a100": ("a100",),
+    "h100": ("h100",),
+    "v100-16g": ("v100",),
+    "v100-32g": ("v100", "v100x8"),
+    "gpu_p13": ("v100",),
+    **dict.fromkeys(("gpu_p2", "gpu_p2s", "gpu_p2l"), ("v100x8",)),
+    "gpu_p5": ("a100",),
+    "gpu_p6": ("h100",),
+}
 DEFAULT_SECONDS = 600  # of a job without --time
 FULL = 0.95  # of a quota
+ROOM = {"disk": 10 * 10**9, "inodes": 10_000}  # bytes and files that a run may need; more is never too little
+# GB/s of an all-reduce on the bus (nccl-tests' busbw): inside a node NVLink's peak, across nodes what users saw.
+BANDWIDTH = {"v100": (150, 6), "v100x8": (150, 6), "a100": (300, 5), "h100": (450, None)}
 
 # sbatch option: its short form, and the variables that stand for it, those of a job last.
 OPTIONS = {
     "nodes": ("-N", "SLURM_JOB_NUM_NODES"),
     "time": ("-t", "SBATCH_TIMELIMIT"),
-    "account": ("-A", "SBATCH_ACCOUNT", "SLURM_ACCOUNT", "SLURM_JOB_ACCOUNT"),
+    "account": ("-A", "SBATCH_ACCOUNT", "SLURM_JOB_ACCOUNT"),
     "qos": ("-q", "SBATCH_QOS", "SLURM_JOB_QOS"),
     "constraint": ("-C", "SBATCH_CONSTRAINT"),
     "partition": ("-p", "SBATCH_PARTITION", "SLURM_JOB_PARTITION"),
@@ -85,6 +102,20 @@ OPTIONS = {
     "gpus-per-node": ("--gpus-per-node", "SBATCH_GPUS_PER_NODE"),
     "gres": ("--gres", "SBATCH_GRES"),
 }
+# The others that sbatch has, which change nothing here: with a value, with one that may be missing, without one.
+OTHERS = (
+    "acctg-freq batch bb bbf begin,-b chdir,-D cluster-constraint clusters,-M comment container container-id "
+    "core-spec,-S cores-per-socket cpu-freq cpus-per-gpu cpus-per-task,-c deadline delay-boot dependency,-d "
+    "distribution,-m error,-e exclude,-x export export-file extra extra-node-info,-B gid gpu-bind gpu-freq gpus,-G "
+    "gpus-per-socket gpus-per-task gres-flags hint input,-i job-name,-J kill-on-invalid-dep licenses,-L mail-type "
+    "mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nodefile,-F nodelist,-w ntasks,-n "
+    "ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket open-mode output,-o power prefer priority "
+    "profile reservation segment signal sockets-per-node switches thread-spec threads-per-core time-min tmp tres-bind "
+    "tres-per-task uid wait-all-nodes wckey",
+    "exclusive get-user-env nice no-kill,-k propagate",
+    "contiguous hold,-H ignore-pbs no-requeue overcommit,-O oversubscribe,-s parsable quiet,-Q reboot requeue "
+    "spread-job stepmgr test-only use-min-nodes verbose,-v wait,-W",
+)
 # Keys that a YAML must not hold, and why.
 MISPLACED = dict.fromkeys(
     ("rdzv_backend", "same_network", "enable_cpu_affinity", "max_restarts"), "accelerate ignores it there"
@@ -115,6 +146,7 @@ class Plan:
     machine: str
     strategy: str
     memory: bool
+    in_job: bool  # of slurm/launch.sh: Slurm's variables are those of this job
     recipe: Path
     words: list[str]
     options: dict[str, tuple[str, str]]  # sbatch option: value, origin
@@ -212,10 +244,6 @@ def nearest(word: str, known) -> str:
     return difflib.get_close_matches(word, list(known), 1, 0)[0]
 
 
-def in_job() -> bool:
-    return "SLURM_JOB_ID" in os.environ
-
-
 # The command
 
 
@@ -239,34 +267,60 @@ def read_command(words: list[str]) -> tuple[Plan | None, list[str]]:
         settings = yaml.safe_load((ROOT / f"accelerate_configs/{machine}_{strategy}.yaml").read_text())
     except yaml.YAMLError as error:
         return None, [f"accelerate_configs/{machine}_{strategy}.yaml cannot be read: {error}."]
-    options, others = resolve(machine, front)
+    own = {"--memory": False, "--in_job": False} | {word: True for word in front if word in ("--memory", "--in_job")}
+    try:
+        options, others = resolve(machine, [word for word in front if word not in own], own["--in_job"])
+    except argparse.ArgumentError as error:
+        return None, [f"sbatch's {error}. Give it, or leave the option out."]
     recipe, *flags = words[end + 1 :]
-    plan = Plan(machine, strategy, "--memory" in others, Path(recipe), flags, options, settings)
-    return plan, list(read_values(plan))
+    plan = Plan(machine, strategy, *own.values(), Path(recipe), flags, options, settings)
+    return plan, [*unknown_options(others), *read_values(plan)]
 
 
 def parse_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The options of sbatch that matter here, and the other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The options of sbatch that matter here, and the words that are no option of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, (short, *_) in OPTIONS.items():
         parser.add_argument(*{short, f"--{name}"}, dest=name)
+    for names, how in zip(OTHERS, ({}, {"nargs": "?"}, {"action": "store_true"}), strict=True):
+        for name in names.split():
+            parser.add_argument(*f"--{name}".split(","), dest=f"other {name}", **how)
     found, others = parser.parse_known_args(words)
-    return {name: value for name, value in vars(found).items() if value is not None}, others
+    return {name: value for name, value in vars(found).items() if name in OPTIONS and value is not None}, others
 
 
-def resolve(machine: str, words: list[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+def unknown_options(words: list[str]) -> Iterator[str]:
+    known = [*OPTIONS, *(name.split(",")[0] for names in OTHERS for name in names.split())]
+    for word in words:
+        name = word.split("=")[0].lstrip("-")
+        if not word.startswith("-"):
+            yield f"{word} belongs to no option of sbatch. The recipe and its flags come after --."
+        else:
+            close = next((each for each in known if each.startswith(name)), nearest(name, known))
+            yield f"sbatch has no option {word.split('=')[0]} in full. The nearest is --{close}."
+
+
+def resolve(machine: str, words: list[str], in_job: bool) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Each option's value and origin: the command line, else the environment, else the script's headers."""
     header = ROOT / f"slurm/{machine}.slurm"
     lines = [line[8:] for line in header.read_text().splitlines() if line.startswith("#SBATCH ")]
     headers, _ = parse_options([word for line in lines for word in shlex.split(line, comments=True)])
     options = {name: (value, f"slurm/{header.name}") for name, value in headers.items()}
-    if in_job():
+    if in_job:
         options.pop("time", None)  # sbatch may have been given another
     for name, (_, *variables) in OPTIONS.items():
         for variable in filter(os.environ.get, variables):
-            options[name] = os.environ[variable], f"${variable}"
+            if in_job or not variable.startswith("SLURM_"):  # of an interactive job that one submits from
+                options[name] = os.environ[variable], f"${variable}"
     given, others = parse_options(words)
     return options | {name: (value, "command line") for name, value in given.items()}, others
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs of a node in --gres, as in `gpu:a100:4,lscratch:10`; 0 where there are none."""
+    parts = [part.split("(")[0].removeprefix("gres/").split(":") for part in gres.split(",")]
+    counts = [words[-1] for words in parts if words[0] == "gpu"]
+    return sum(int(count) if count.isdigit() else 1 for count in counts)
 
 
 def read_values(plan: Plan) -> Iterator[str]:
@@ -276,12 +330,15 @@ def read_values(plan: Plan) -> Iterator[str]:
         yield f"--nodes {nodes} is not one number. Give how many nodes the job has."
     else:
         plan.nodes = int(nodes)
-    gres, origin = plan.options.get("gpus-per-node") or plan.options.get("gres") or ("gpu", "the machine")
-    count = gres.split(":")[-1].split("(")[0]
-    plan.gpus = int(count) if count.isdigit() else 1 if "gres" in plan.options else plan.facts.gpus, origin
+    per_node, gres = plan.options.get("gpus-per-node"), plan.options.get("gres")
+    text, origin = per_node or gres or (f"gpu:{plan.facts.gpus}", "the machine")
+    plan.gpus = gpus_of(f"gpu:{text}" if per_node else text), origin
     if not 0 < plan.gpus[0] <= plan.facts.gpus:
-        yield f"--gres={gres} exceeds a node of {plan.machine}. Give --gres=gpu:N, with N from 1 to {plan.facts.gpus}."
+        what = "exceeds a node" if plan.gpus[0] else "gives no GPU"
+        yield f"--gres={text} {what} of {plan.machine}. Give --gres=gpu:N, with N from 1 to {plan.facts.gpus}."
     # Of slurm/launch.sh.
+    if plan.in_job and os.environ.get("SLURM_GPUS_ON_NODE"):
+        plan.gpus = int(os.environ["SLURM_GPUS_ON_NODE"]), "$SLURM_GPUS_ON_NODE"
     if os.environ.get("RECIPES_PROCESSES_PER_NODE"):
         plan.gpus = int(os.environ["RECIPES_PROCESSES_PER_NODE"]), "$RECIPES_PROCESSES_PER_NODE"
     flag = re.search(r"--mixed_precision[ =](\S+)", os.environ.get("RECIPES_LAUNCH_FLAGS", ""))
@@ -295,7 +352,7 @@ def read_values(plan: Plan) -> Iterator[str]:
         plan.seconds = 86400 * days + sum(part * 60 ** (2 - place) for place, part in enumerate(parts))
     elif time:
         yield f"--time {time} is no time of Slurm. Give hours:minutes:seconds, as 20:00:00."
-    elif in_job():
+    elif plan.in_job:
         plan.seconds = float("inf")
     else:
         plan.notes.append("warning: without --time the machine ends a job after 10 minutes. Give --time=HH:MM:SS.")
@@ -305,36 +362,47 @@ def read_values(plan: Plan) -> Iterator[str]:
 
 
 def accounts(plan: Plan) -> Iterator[str]:
-    """Account, and the option that selects the nodes; a job that runs has been let in."""
+    """Account, and the options that select the nodes; a job that runs has been let in."""
     account, (name, value) = plan.option("account"), plan.facts.select
-    if in_job():
+    if plan.in_job:
         return
     if not account:
         yield f"no account is given. Add -A PROJECT@{plan.facts.account}."
     elif "@" in account and account.split("@")[1] != plan.facts.account:
         yield f"the account {account} has no hours on {plan.machine}. Give the one that ends in @{plan.facts.account}."
-    if value not in re.split(r"[,&|]", plan.option(name)):
+    given = {each: re.split(r"[,&|]", plan.option(each)) for each in ("constraint", "partition")}
+    fitting = {word for word, machines in SELECTS.items() if plan.machine in machines} | {value}
+    if name and not fitting & {*given[name]}:
         yield f"--{name} {plan.option(name)} does not select {plan.machine}. Give {OPTIONS[name][0]} {value}."
+        del given[name]
+    for each, words in given.items():
+        for word in words:
+            if plan.machine not in SELECTS.get(word, (plan.machine,)):
+                other = " or ".join(SELECTS[word])
+                yield f"--{each} {word} selects {other}, not {plan.machine}. Leave it out, or name that machine."
 
 
 def limits(plan: Plan) -> Iterator[str]:
     """Time and GPUs of the partition and the QoS."""
-    facts, name, time, hours = plan.facts, plan.option("qos"), plan.option("time"), plan.seconds / 3600
+    facts, time, hours, gpus = plan.facts, plan.option("time"), plan.seconds / 3600, plan.world_size
     names = {facts.qos + level: QOS[level] for level in QOS if (plan.machine, level) != ("a100", "t4")}
+    name = plan.option("qos") or facts.qos + DEFAULT_QOS
+    shown = name if plan.option("qos") else f"{name}, the default QoS"
     out_of_date = "or RECIPES_PREFLIGHT_SKIP=limits where this is out of date"
-    if in_job():
+    if plan.in_job:
         return
+    if name not in names:
+        yield f"no QoS {name} of {plan.machine} is known. The nearest is {nearest(name, names)}, {out_of_date}."
+        return
+    other = next((f"--qos={each}" for each, most in names.items() if most[0] >= hours and most[1] >= gpus), None)
     if hours > facts.hours:
         yield f"--time {time} exceeds the {facts.hours} h of {plan.machine}. Give less: a job that is cut off goes on."
-    elif name in names and hours > names[name][0]:
-        other = next(each for each in names if names[each][0] >= hours)
-        yield f"--time {time} exceeds the {names[name][0]} h of {name}. Give --qos={other}, {out_of_date}."
-    elif not name and hours > QOS["t3"][0]:
-        plan.notes.append("warning: more than 20 h, and no --qos. The default one may not last so long.")
-    if name and name not in names:
-        yield f"no QoS {name} of {plan.machine} is known. The nearest is {nearest(name, names)}, {out_of_date}."
-    elif name and plan.world_size > names[name][1]:
-        yield f"{plan.world_size} GPUs exceed the {names[name][1]} of {name}. Give fewer --nodes, {out_of_date}."
+    elif hours > names[name][0]:
+        remedy = other or "a shorter --time: a job that is cut off goes on"
+        yield f"--time {time} exceeds the {names[name][0]} h of {shown}. Give {remedy}, {out_of_date}."
+    if gpus > names[name][1]:
+        remedy = f"{other}, fewer --nodes" if other else "fewer --nodes"
+        yield f"{gpus} GPUs exceed the {names[name][1]} of {shown}. Give {remedy}, {out_of_date}."
 
 
 def caches(plan: Plan) -> Iterator[str]:
@@ -347,9 +415,12 @@ def caches(plan: Plan) -> Iterator[str]:
         "TRITON_CACHE_DIR": given("TRITON_CACHE_DIR") or given("SCRATCH") or given("TRITON_HOME") or home / ".triton",
     }
     inside = [name for name, place in places.items() if Path(place).resolve().is_relative_to(home.resolve())]
-    elsewhere = next((name for name in ("WORK", "SCRATCH") if given(name)), "")
+    first = {"HF_HOME": "WORK", "TORCH_HOME": "WORK", "TRITON_CACHE_DIR": "SCRATCH"}
+    names = {"HF_HOME": "huggingface", "TORCH_HOME": "torch", "TRITON_CACHE_DIR": "triton"}  # as in slurm/launch.sh
+    elsewhere = [name for name in ("WORK", "SCRATCH") if given(name)]
     if inside and elsewhere:
-        exports = " ".join(f"{name}=${elsewhere}/.cache/{name.split('_')[0].lower()}" for name in inside)
+        folders = {name: first[name] if first[name] in elsewhere else elsewhere[0] for name in inside}
+        exports = " ".join(f"{name}=${folder}/.cache/{names[name]}" for name, folder in folders.items())
         yield f"{', '.join(inside)} lie in $HOME, which holds 3 GB. Write into ~/.bashrc: export {exports}"
 
 
@@ -377,31 +448,51 @@ def versions(plan: Plan) -> Iterator[str]:
 
 
 def quotas(plan: Plan) -> Iterator[str]:
-    """Of the file systems that are written to, by the system itself and by Lustre."""
-    for folder in {output(plan, task).absolute() for task in plan.tasks if task.run_config}:
-        there = next(each for each in (folder, *folder.parents) if each.exists())
-        state = os.statvfs(there)
-        blocks, files = state.f_blocks - state.f_bfree, state.f_files - state.f_ffree  # used, as df counts
-        figures = [("disk", blocks, blocks + state.f_bavail), ("inodes", files, files + state.f_favail)]
-        for what, used, most in [*figures, *(lustre(there) if shutil.which("lfs") else ())]:
-            if most and used > FULL * most:
-                yield f"{used / most:.0%} of the {what} of {there} is used. Remove files, or change --output_dir."
+    """Of the file systems that are written to, by the system itself and by Lustre. Of 1 PB a twentieth is enough."""
+    folders = (output(plan, task).absolute() for task in plan.tasks if task.run_config)
+    places = {next(each for each in (folder, *folder.parents) if each.exists()) for folder in folders}
+    known = {}  # by file system, owner
+    for there in sorted(places):
+        figures = [*system(there), *(lustre(plan, there, known) if shutil.which("lfs") else ())]
+        for what, used, most in figures:
+            if most and used > FULL * most and most - used < ROOM[what.split()[0]]:
+                share = f"{used / most:.0%} of the {what} of {there} is used, and a run may need more than the rest"
+                yield f"{share}. Remove files, change --output_dir, or RECIPES_PREFLIGHT_SKIP=quotas."
 
 
-def lustre(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """What, used and limit: quotas of the user, the group and the folder's project."""
+def system(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """What, used and most, in bytes and files, as df counts."""
+    state = os.statvfs(folder)
+    blocks, files = state.f_blocks - state.f_bfree, state.f_files - state.f_ffree
+    yield "disk", blocks * state.f_frsize, (blocks + state.f_bavail) * state.f_frsize
+    yield "inodes", files, files + state.f_favail
 
-    def lfs(*words: str) -> list[str]:
-        return subprocess.run(["lfs", *words], capture_output=True, text=True, timeout=5).stdout.split()
 
-    project = (lfs("project", "-d", str(folder)) or "0")[0]
-    for kind, owner in (("-u", str(os.getuid())), ("-g", str(folder.stat().st_gid)), ("-p", project)):
-        # The path; kilobytes, soft and hard limit, grace; the same of files. `*` marks what exceeds.
-        words = [word.rstrip("*") for word in lfs("quota", "-q", kind, owner, str(folder))[1:]]
-        for what, values in (("disk", words[:3]), ("inodes", words[4:7])):
-            if len(values) == 3 and all(map(str.isdigit, values)):
-                used, soft, hard = map(int, values)
-                yield f"{what} quota ({kind[1:]} {owner})", used, hard or soft
+def lustre(plan: Plan, folder: Path, known: dict) -> list[tuple[str, int, int]]:
+    """The same of its quotas: of the user, the group and the folder's project; what `known` has is not asked again."""
+    figures, state = [], folder.stat()
+    try:
+        project = (lfs("project", "-d", str(folder)) or "0")[0]
+        for kind, owner in (("-u", str(os.getuid())), ("-g", str(state.st_gid)), ("-p", project)):
+            if (state.st_dev, kind, owner) not in known:
+                known[state.st_dev, kind, owner] = [*quota(kind, owner, folder)]
+                figures += known[state.st_dev, kind, owner]
+    except (OSError, subprocess.SubprocessError) as error:
+        plan.notes.append(f"warning: lfs does not tell the quotas of {folder}: {type(error).__name__}.")
+    return figures
+
+
+def quota(kind: str, owner: str, folder: Path) -> Iterator[tuple[str, int, int]]:
+    # The path; kilobytes, soft and hard limit, grace; the same of files. `*` marks what exceeds.
+    words = [word.rstrip("*") for word in lfs("quota", "-q", kind, owner, str(folder))[1:]]
+    for what, unit, values in (("disk", 1024, words[:3]), ("inodes", 1, words[4:7])):
+        if len(values) == 3 and all(map(str.isdigit, values)):
+            used, soft, hard = (unit * int(value) for value in values)
+            yield f"{what} quota ({kind[1:]} {owner})", used, hard or soft
+
+
+def lfs(*words: str) -> list[str]:
+    return subprocess.run(["lfs", *words], capture_output=True, text=True, timeout=5).stdout.split()
 
 
 # The YAML
@@ -642,6 +733,7 @@ def memory(plan: Plan) -> Iterator[str]:
     if hasattr(config, "activation_checkpointing") and not recompute:
         choices.append((True, "--activation_checkpointing "))
         plan.notes.append(f"  With {choices[1][1]}at most {totals(1, True)['total'] / giga:.1f} GiB.")
+    plan.notes += all_reduce(plan, task)
     images, steps, remedies = plan.images(task), config.gradient_accumulation_steps, []
     for again, flag in choices if most > room else ():
         factors = [factor for factor in range(1, images + 1) if images % factor == 0]
@@ -651,6 +743,34 @@ def memory(plan: Plan) -> Iterator[str]:
             remedies.append(f"{flag}({totals(factor, again)['total'] / giga:.1f} GiB)")
     if most > room:
         yield f"{line}. Give {' or '.join(remedies) or 'more GPUs, or a strategy that shards more: see the parts'}."
+
+
+def all_reduce(plan: Plan, task: Task) -> Iterator[str]:
+    """How long a step's gradients travel, where nothing hides it: a ring sends them 2 (n - 1) / n times."""
+    tensor, stages, size = plan.sizes(task)
+    with plan.as_worker():
+        count = sum(weight.numel() for weight in network(plan, task).parameters())
+    half = plan.kind.startswith("zero") and plan.precision[0] != "no"
+    sent, (rate, source) = count // (tensor * stages) * (2 if half else 4), bandwidth(plan)
+    if size > 1 and rate:
+        cost = f"{2 * (size - 1) / size * sent / 1e9 / rate:.2g} s a step by all-reduce at {rate:.3g} GB/s"
+        yield f"Gradients of {sent / 1e6:,.0f} MB: about {cost} on the bus ({source})."
+    elif size > 1:
+        what = f"no bandwidth between nodes of {plan.machine} is known"
+        yield f"Gradients of {sent / 1e6:,.0f} MB: {what}. Run benchmarks/allreduce.py there."
+
+
+def bandwidth(plan: Plan) -> tuple[float | None, str]:
+    """GB/s on the bus, and whence: the newest measurement of such GPUs, inside a node or across, else a constant."""
+    across = plan.nodes > 1
+    name = plan.facts.account
+    for path in sorted(ROOT.glob(f"benchmarks/results/allreduce_{name}_*.json"), key=lambda path: path.stem[-10:])[
+        ::-1
+    ]:
+        result = json.loads(path.read_text())
+        if (result["processes"] > result["processes_per_node"]) == across:
+            return result["rows"][-1]["bus, GB/s"]["median"], path.name
+    return BANDWIDTH[plan.machine][across], "reports of users" if across else "NVLink's peak"
 
 
 def memory_of(plan: Plan, task: Task):
@@ -713,6 +833,9 @@ def report(plan: Plan, task: Task) -> list[str]:
     def option(name: str, default: str) -> tuple[str, str, str]:
         return name, *plan.options.get(name, (default, "default"))
 
+    def settings(owner, names) -> list[tuple[str, str, str]]:
+        return [(name, str(getattr(owner, name)), flags(name)) for name in names if hasattr(owner, name)]
+
     rows = [
         ("machine", f"{plan.machine}, {plan.facts.gpus} GPUs of {plan.gigabytes} GB a node", "command line"),
         ("strategy", plan.strategy, "command line"),
@@ -724,7 +847,9 @@ def report(plan: Plan, task: Task) -> list[str]:
     ]
     if plan.kind == "hsdp":
         rows.append(("replicas", f"{plan.nodes}, each sharded over a node", "nodes"))
-    rows += [(name, str(getattr(task.config, name)), flags(name)) for name in SIZES if hasattr(task.config, name)]
+    sharding = plan.section("fsdp") | plan.section("deepspeed")
+    rows += [(name, str(value), plan.yaml) for name, value in sharding.items()]
+    rows += settings(task.config, SIZES)
     rows.append(("data-parallel size", str(size), "world size" + " / the sizes above" * (tensor * pipeline > 1)))
     if task.run_config:
         config, run = task.config, task.run_config
@@ -733,11 +858,19 @@ def report(plan: Plan, task: Task) -> list[str]:
         every = "" if run.checkpointing_steps == "epoch" else f"each {run.checkpointing_steps} steps and "
         rows += [
             ("batch", f"{batch} = {product}", flags("global_batch_size", "gradient_accumulation_steps")),
+            *settings(run, ["data"]),
+            *settings(config, ["model", "image_size", "epochs", "learning_rate"]),
             ("checkpoints", f"{every}each epoch" if saves(plan) else "none", flags("checkpointing_steps")),
             ("output", str(output(plan, task)), flags("output_dir") if run.output_dir else "hash of all values"),
         ]
-    rows.append(option("time", "unknown" if in_job() else "00:10:00"))
-    rows += [option("qos", "the machine's"), option("account", "the job's")]
+    shown = {*(name for name, *_ in rows), *SIZES, "global_batch_size", "gradient_accumulation_steps"}
+    shown |= {"checkpointing_steps", "output_dir"}
+    for owner in filter(None, (task.run_config, task.config)):  # what else was given
+        rows += settings(
+            owner, [each.name for each in fields(owner) if f"--{each.name}" in given and each.name not in shown]
+        )
+    rows.append(option("time", "unknown" if plan.in_job else "00:10:00"))
+    rows += [option("qos", f"{plan.facts.qos}{DEFAULT_QOS}"), option("account", "the job's")]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows]
     if len(plan.tasks) > 1:

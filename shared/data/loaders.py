@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import UserError
+from ..config import UserError, say
 from ..interruption import ignore_signals
 from .decode import View, render
 from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
@@ -225,7 +225,7 @@ class Loader:
             if batch is None:
                 return
             for name in batch.torn:
-                print(f"torn image: {name}", file=sys.stderr, flush=True)
+                say(f"torn image: {name}", sys.stderr)
             yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import UserError
+from ..config import UserError, say
 from .index import NAME as INDEX
 from .index import Index, cached
 from .order import Blocks, random_bits
@@ -120,7 +120,7 @@ def _scan(folder: Path) -> Source:
     else:
         index = cached(folder, _class_folders(folder), lambda: _of_class_folders(folder))
     if index.torn and PartialState().is_main_process:
-        print(*(f"torn shard: {shard}" for shard in index.torn), sep="\n", file=sys.stderr, flush=True)
+        say("\n".join(f"torn shard: {shard}" for shard in index.torn), sys.stderr)
     images = Members(str(folder), index) if shards else Files(str(folder), index.names)
     return Source(images, index.labels, index.classes, Blocks(index.shard, 0) if shards else None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Slurm on this machine: its daemons, four fake nodes, all in one private folder, on free ports."""
+"""A real Slurm on this machine: its daemons, seven fake nodes, all in one private folder, on free ports."""
 
 import contextlib
 import ctypes
@@ -16,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-GPUS = 8
-NODES = [f"r1i0n{number}" for number in range(4)]
+# Name: GPUs, cores, features, partition. As on Jean Zay, but few.
+NODES = {f"r1i0n{number}": (4, 96, "h100", "gpu_p6") for number in range(4)}
+NODES |= {"r2i0n0": (8, 64, "a100", "gpu_p5"), "r3i0n0": (8, 24, "v100-32g", "gpu_p2")}
+NODES |= {"r4i0n0": (4, 40, "v100-16g", "gpu_p13")}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 MOST_SECONDS = 300  # that a test waits for one event
 
 # OverTimeLimit: minutes after its limit until Slurm kills a job; starting one takes half a minute on a busy machine.
-# Each node has every feature, 96 cores and 8 GPUs, so that four of them serve the jobs of all machines.
 SLURM_CONF = """
 ClusterName=fake
 SlurmctldHost={host}(127.0.0.1)
@@ -53,15 +54,17 @@ MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2
 SchedulerType=sched/backfill
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=100:00:00
-PartitionName=gpu_p2 Nodes=ALL MaxTime=100:00:00
+PartitionName=gpu_p13 Nodes=r4i0n0 Default=YES MaxTime=100:00:00 OverTimeLimit=0
+PartitionName=gpu_p2 Nodes=r3i0n0 MaxTime=100:00:00
+PartitionName=gpu_p5 Nodes=r2i0n0 MaxTime=20:00:00
+PartitionName=gpu_p6 Nodes=r1i0n[0-3] MaxTime=100:00:00
 """
 NODE = (
-    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=96 SocketsPerBoard=2 "
-    "CoresPerSocket=48 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:8 Feature=v100,v100-32g,a100,h100"
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cores} SocketsPerBoard=2 "
+    "CoresPerSocket={half} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} Feature={feature}"
 )
 
-# What IDRIS refuses: no project, or a project of other GPUs than those asked for.
+# What IDRIS refuses: no project, or a project of other GPUs than those asked for. A constraint chooses the partition.
 JOB_SUBMIT = """
 function slurm_job_submit(job, partitions, uid)
     local gpu = (job.account or ""):match("@(%w+)$")
@@ -70,6 +73,8 @@ function slurm_job_submit(job, partitions, uid)
         return slurm.ERROR
     end
     local feature = (job.features or "v100"):match("^%w+")
+    local partitions = {a100 = "gpu_p5", h100 = "gpu_p6"}
+    job.partition = job.partition or partitions[feature]
     if feature ~= gpu then
         slurm.log_user("the project's hours are of " .. gpu .. ": give --constraint=" .. gpu)
         return slurm.ERROR
@@ -113,13 +118,19 @@ class Cluster:
 
     def _configure(self) -> None:
         ports = _free_ports(1 + len(NODES))
-        nodes = [NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=True)]
+        nodes = []
+        for port, (name, (gpus, cores, feature, _)) in zip(ports[1:], NODES.items(), strict=True):
+            values = {"gpus": gpus, "cores": cores, "half": cores // 2, "feature": feature}
+            nodes.append(NODE.format(name=name, port=port, **values))
         values = {"host": socket.gethostname(), "user": getpass.getuser(), "folder": self.folder, "ports": ports}
         self._write("slurm.conf", SLURM_CONF.format(nodes="\n".join(nodes), **values))
         # Slurm counts device files; which ones they are is nothing to it.
-        devices = [path for path in sorted(Path("/dev").iterdir()) if path.is_char_device()][:GPUS]
-        assert len(devices) == GPUS, "too few device files to call them GPUs"
-        self._write("gres.conf", "".join(f"NodeName=r1i0n[0-3] Name=gpu File={path}\n" for path in devices))
+        devices = [path for path in sorted(Path("/dev").iterdir()) if path.is_char_device()]
+        assert len(devices) >= 8, "too few device files to call them GPUs"
+        lines = [
+            f"NodeName={name} Name=gpu File={path}" for name, node in NODES.items() for path in devices[: node[0]]
+        ]
+        self._write("gres.conf", "\n".join(lines) + "\n")
         self._write("job_submit.lua", JOB_SUBMIT)
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o600)
@@ -176,7 +187,7 @@ class Cluster:
         assert process.returncode == 0, process.stdout + process.stderr
         return Job(self, int(re.findall(r"Submitted batch job (\d+)", process.stdout)[0]), cwd, process.stdout)
 
-    def command(self, *words: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:
+    def command(self, *words: str, timeout: float = MOST_SECONDS, **options) -> subprocess.CompletedProcess:
         options = {"env": self.environment, **options}
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout, **options)
 

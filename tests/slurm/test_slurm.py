@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts of slurm/ in jobs of a real Slurm, on fake nodes of one CPU process each (gloo)."""
 
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHORT, Result, train
+from conftest import ROOT, SHORT, Result, environment, train
 
 from shared.interruption import WATCH_SECONDS
-from slurm.cluster import ENDED, Cluster, Job, wait_for
+from slurm.cluster import ENDED, NODES, Cluster, Job, wait_for
 
 FLAGS = [*SHORT, "--image_size", "16", "--num_workers", "0", "--checkpointing_steps", "4"]
 ODD = 'it\'s "a run" of  * two'  # a folder's name that every shell on the way would like to change
@@ -24,6 +28,10 @@ HEAD = """
 import os, pathlib, time
 seen = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURMD_NODENAME", "WANDB_MODE")]
 print("process", *seen)
+others = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
+print("others", *[os.environ.get(name) for name in (*others, "TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "MASTER_ADDR")])
+if seen[0] == os.environ.get("FAIL_EARLY", "none"):
+    import no_such_library
 
 
 def pace(step):
@@ -52,9 +60,11 @@ class Jobs:
         assert text.count(observed) == 1
         self.recipe.write_text(text.replace(observed, f"{observed}            pace(run.step)\n"))
 
-    def submit(self, name: str, *options: str, flags: tuple = (), strategy: str = "ddp", **variables: str) -> Job:
-        words = ["sbatch", *OPTIONS, *options, str(ROOT / "slurm/h100.slurm"), strategy, self.recipe.name]
-        variables = {**self.variables, "RECIPES_PREFLIGHT": "passed", **variables}
+    def submit(
+        self, name: str, *options: str, flags: tuple = (), strategy: str = "ddp", machine: str = "h100", **variables
+    ) -> Job:
+        words = ["sbatch", *OPTIONS, *options, str(ROOT / f"slurm/{machine}.slurm"), strategy, self.recipe.name]
+        variables = {**self.variables, "RECIPES_PREFLIGHT": "off", **variables}
         return self.cluster.sbatch(*words, *self.flags(name), *flags, cwd=self.folder, **variables)
 
     # Fake nodes have no GPUs, no bf16 to compare losses in, and names that do not resolve.
@@ -78,10 +88,10 @@ class Jobs:
         path.touch()
         return path
 
-    def interrupt(self, job: Job, pause: Path, *options: str) -> None:
+    def interrupt(self, job: Job, pause: Path, *options: str, task: str = "") -> None:
         """By a signal that reaches the run in its pause, so that it ends with the step that waits."""
-        job.cluster.output("scancel", *options, str(job.number))
-        wait_for((self.folder / f".recipes-{job.number}/STOP").exists, "the shell that had the signal")
+        job.cluster.output("scancel", *options, f"{job.number}{task}")
+        wait_for((self.folder / f".recipes-{job.number}{task}/STOP").exists, "the shell that had the signal")
         time.sleep(WATCH_SECONDS)
         pause.unlink()
 
@@ -101,7 +111,18 @@ def jobs(cluster, tmp_path) -> Jobs:
 
 
 @pytest.fixture(scope="module")
-def topologies(cluster, tmp_path_factory) -> SimpleNamespace:
+def limited(cluster, tmp_path_factory) -> SimpleNamespace:
+    """A run that waits at step 3 for the real limit of a minute, on a node of its own, while other tests run."""
+    jobs = Jobs(cluster, tmp_path_factory.mktemp("limited"))
+    pause = jobs.stop_at(3)
+    end = str(int(time.time()) + 7200)  # so that the run itself sees no deadline
+    options = ["--account=project@v100", "--time=1", "--signal=B:CONT@1"]  # no other signal before
+    job = jobs.submit("limited", *options, machine="v100", SLURM_JOB_END_TIME=end)
+    return SimpleNamespace(jobs=jobs, job=job, pause=pause)
+
+
+@pytest.fixture(scope="module")
+def topologies(cluster, tmp_path_factory, limited) -> SimpleNamespace:
     """The same training on one node of two processes, by plain sbatch; on two nodes with the port taken; on four
     nodes by submit.sh."""
     jobs = Jobs(cluster, tmp_path_factory.mktemp("topologies"))
@@ -273,6 +294,140 @@ def test_sweep(jobs):
     assert not (jobs.folder / ODD).exists()
 
 
+def test_a_process_that_is_killed_is_named(jobs):
+    """And not its peer, which has left the only traceback; there is no restart."""
+    pause = jobs.stop_at(3)
+    job = jobs.submit("killed", "--nodes=2")
+    jobs.wait_for_step("killed", 3, job)
+    for pid in job.cluster.processes("RANK=1", f"SLURM_JOB_ID={job.number}"):
+        os.kill(pid, signal.SIGKILL)
+    pause.unlink()
+    job.wait_until("FAILED")
+    log = job.log.rstrip().splitlines()
+    assert log[-1] == "error: rank 1 was killed by SIGKILL, by the system where memory was short."
+    assert "The first process that failed is rank 1:" in log
+    assert job.fields["Restarts"] == "0"
+
+
+def test_ends_without_a_restart(jobs, local):
+    """No restart is left; a crash before the run opens, beside the summary of that interruption; a STOP file."""
+    pause = jobs.stop_at(3)
+    job = jobs.submit("ends", RECIPES_MAX_RESTARTS="0")
+    jobs.wait_for_step("ends", 3, job)
+    jobs.interrupt(job, pause, "--signal=USR1")
+    job.wait_until("FAILED")
+    assert job.log.rstrip().endswith(
+        "error: interrupted (signal) after 0 restarts, RECIPES_MAX_RESTARTS. Submit it again: it goes on."
+    )
+    job = jobs.submit("ends", FAIL_EARLY="0")
+    job.wait_until("FAILED")
+    assert jobs.result("ends").summary["status"] == "interrupted"
+    log = job.log.rstrip().splitlines()
+    assert "The first process that failed is rank 0:" in log
+    assert log[-1] == "ModuleNotFoundError: No module named 'no_such_library'"
+    pause = jobs.stop_at(5)
+    last = jobs.submit("ends")
+    jobs.wait_for_step("ends", 5, last)
+    (jobs.folder / ODD / "ends/STOP").touch()
+    time.sleep(WATCH_SECONDS)
+    pause.unlink()
+    assert "stopped by a STOP file; the same command goes on" in last.wait_completed().log
+    assert jobs.result("ends").summary["stop_reason"] == "stop_file"
+    assert [each.fields["Restarts"] for each in (job, last)] == ["0", "0"]
+    assert jobs.result("ends").series("loss") == pytest.approx(local.series("loss")[:6], rel=1e-5)
+
+
+def test_chain_by_an_array(jobs, local):
+    """As docs/jean_zay.md gives it: tasks one after the other, of one run."""
+    pause = jobs.stop_at(5)
+    job = jobs.submit("array", "--no-requeue", "--array=1-2%1")
+    jobs.wait_for_step("array", 5, job)
+    jobs.interrupt(job, pause, "--signal=USR1", task="_1")
+    wait_for(lambda: not job.cluster.output("squeue", "-h", "-j", str(job.number)), "the array")
+    logs = "".join(path.read_text() for path in sorted(jobs.folder.glob("recipes-*.log")))
+    assert logs.count("the next job of the chain goes on") == 1
+    assert "resumed at step 6" in logs
+    assert jobs.result("array").summary["status"] == "finished"
+    assert jobs.result("array").series("loss") == pytest.approx(local.series("loss"), rel=1e-5)
+
+
+def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
+    """One GPU of a node; Slurm's signal comes before launch.sh has a trap, in a job too short to heed it; the
+    preflight in the job counts the GPUs that sbatch was given, and refuses."""
+    jobs = Jobs(cluster, tmp_path)
+    for name in ("slurm", "tools", "shared", "accelerate_configs", "recipes", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    places = {name: tmp_path / name.lower() for name in ("WORK", "SCRATCH", "JOBSCRATCH")}
+    for place in places.values():
+        place.mkdir()
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").write_text(f'#!/bin/bash\ntouch used\nexec {sys.executable} "$@"\n')
+    (tmp_path / "venv/bin/python").chmod(0o755)
+    (tmp_path / "setup.sh").write_text('kill -USR1 $$\nexport PATH=$PWD/venv/bin:$PATH\necho "unpacked $UNSET"\n')
+    words = [
+        "sbatch",
+        "--account=project@h100",
+        "--gres=gpu:1",
+        "--time=10",
+        "slurm/h100.slurm",
+        "ddp",
+        "my recipe.py",
+    ]
+    places |= {"RECIPES_SETUP": "setup.sh"}
+    batch = ["--global_batch_size", "63", "--max_steps", "2"]
+    job = cluster.sbatch(*words, *jobs.flags("plain"), *batch, cwd=tmp_path, **{k: str(v) for k, v in places.items()})
+    log = job.wait_completed().log
+    assert re.match(r"unpacked \n.*^machine  ", log, re.S | re.M)
+    assert (tmp_path / "used").exists()
+    assert re.search(r"^GPUs a node +1 +\$SLURM_GPUS_ON_NODE$", log, re.M)
+    assert "process 0 1 0 r1i0n0 offline" in log
+    caches = [tmp_path / name for name in ("work/.cache/huggingface", "work/.cache/torch")]
+    caches += [tmp_path / name for name in ("scratch/.cache/triton", "scratch/.cache/inductor", "jobscratch")]
+    assert " ".join(["others 1 1", *map(str, caches), "127.0.0.1"]) in log
+    assert jobs.result("plain").summary["status"] == "finished"
+    assert jobs.result("plain").config["identity"]["mixed_precision"] == "bf16"
+    assert list((tmp_path / "jobscratch").iterdir()) == []
+    refused = cluster.sbatch(*words, *jobs.flags("no"), "--lr", "1", cwd=tmp_path, RECIPES_SETUP="setup.sh")
+    refused.wait_until("FAILED")
+    assert refused.log.splitlines()[-1].startswith("error: unknown flag --lr.")
+    assert "srun" not in refused.log
+    assert not jobs.result("no").folder.exists()
+
+
+def test_requeued_at_the_real_limit(limited):
+    """Slurm's SIGTERM: the run saves within KillWait, and the job is requeued."""
+    limited.jobs.wait_for_step("limited", 3, limited.job)
+    log = limited.jobs.folder / f"recipes-{limited.job.number}.log"
+    wait_for(lambda: "DUE TO TIME LIMIT" in log.read_text(), "the limit")
+    time.sleep(1)
+    limited.pause.unlink()
+    limited.job.wait_requeued(1)
+    assert "interrupted (the time limit); requeued for restart 1" in limited.job.log
+    assert limited.jobs.result("limited").summary["status"] == "interrupted"
+    limited.job.cluster.output("scancel", str(limited.job.number))
+
+
+@pytest.mark.parametrize(
+    ("machine", "account", "nodes", "cores"),
+    [("v100", "v100", 1, 40), ("v100x8", "v100", 1, 24), ("a100", "a100", 1, 64), ("h100", "h100", 4, 96)],
+)
+def test_headers_fit_the_nodes(cluster, jobs, machine, account, nodes, cores):
+    """Each script as it is asks for whole nodes of its machine, and for no other ones."""
+    script = str(ROOT / f"slurm/{machine}.slurm")
+    command = ["sbatch", "--test-only", f"--account=project@{account}", f"--nodes={nodes}", script, "ddp", "x.py"]
+    process = cluster.command(*command, cwd=jobs.folder)
+    assert process.returncode == 0, process.stderr
+    partition = {"v100": "gpu_p13", "v100x8": "gpu_p2", "a100": "gpu_p5", "h100": "gpu_p6"}[machine]
+    assert f"using {nodes * cores} processors on nodes " in process.stderr
+    assert process.stderr.rstrip().endswith(f" in partition {partition}")
+    text = Path(script).read_text()
+    (gpus,) = {gpus for gpus, own, _, name in NODES.values() if name == partition and own == cores}
+    for header in (f"--gres=gpu:{gpus}", f"--cpus-per-task={cores}", "--ntasks-per-node=1", "--hint=nomultithread"):
+        assert f"\n#SBATCH {header}\n" in text
+    for header in ("--signal=B:USR1@600", "--requeue", "--open-mode=append", "--output=%x-%j.log"):
+        assert f"\n#SBATCH {header}\n" in text
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -298,6 +453,22 @@ def test_dry_run_prints_the_line_that_sbatch_gets(cluster, jobs):
     expected = ["sbatch", "--job-name=my_recipe-ddp", *OPTIONS, script, "ddp", "my recipe.py", *jobs.flags("dry")]
     assert printed.stdout.decode().splitlines() == [*map(str, expected)]
     assert "Submitted" not in process.stdout
+
+
+def test_submit_stops_where_the_preflight_refuses(jobs):
+    """With --memory for the preflight alone."""
+    words = [ROOT / "slurm/submit.sh", "h100", "ddp", *OPTIONS, "--memory", "--", "my recipe.py"]
+    environment = {**jobs.cluster.environment, **jobs.variables}
+    for flags, status in (["--global_batch_size", "65"], 0), (["--lr", "1"], 1):
+        command = [*map(str, words[:-2]), "--dry_run" if status == 0 else "--quiet", "--", words[-1], *flags]
+        process = jobs.cluster.command(*command, cwd=jobs.folder, env=environment)
+        assert process.returncode == status, process.stderr
+        assert "Submitted" not in process.stdout
+        assert ("sbatch " in process.stdout) == (status == 0)
+        assert ("Memory of a GPU, estimated" in process.stdout) == (status == 0)
+        assert "--memory" not in process.stdout
+    assert process.stderr.startswith("error: unknown flag --lr.")
+    assert jobs.cluster.output("squeue", "-h", "--name=my_recipe-ddp") == ""
 
 
 def test_slurm_refuses_what_idris_refuses(cluster, jobs):
@@ -334,6 +505,97 @@ def test_submitted_from_elsewhere(jobs):
     assert job.log == (
         f"error: no slurm/launch.sh in {jobs.folder}. Use slurm/submit.sh, or: export RECIPES_ROOT=FOLDER_OF_slurm\n"
     )
+
+
+# Without Slurm: what the scripts decide, by programs that answer as Slurm's would
+
+
+@pytest.fixture
+def alone(tmp_path) -> Callable[..., str]:
+    """Runs slurm/h100.slurm in this shell's place; what it printed, in a log that may have lines before."""
+    answers = {
+        "srun": "exit 1",
+        "squeue": "exit 1",
+        "scontrol": 'case $2 in hostnames) echo a; echo b ;; job) echo " Requeue=1 " ;; *) echo "$@" ;; esac',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, answer in answers.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{answer}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    slurm |= {"SLURM_JOB_NODELIST": "a,b", "SLURM_GPUS_ON_NODE": "4", "RECIPES_ROOT": str(ROOT)}
+    programs = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run(*words: str, before: str = "", **variables: str) -> str:
+        log = tmp_path / "log"
+        log.write_text(before)
+        base = {name: value for name, value in environment().items() if not name.startswith(("VIRTUAL", "CONDA"))}
+        with log.open("a") as output:
+            command = ["bash", "-c", MODULE + 'source "$0" "$@"', str(ROOT / "slurm/h100.slurm"), *words]
+            variables = {**base, **slurm, "PATH": programs, "RECIPES_PREFLIGHT": "off", **variables}
+            subprocess.run(command, stdout=output, stderr=output, env=variables, cwd=tmp_path, timeout=60)
+        return log.read_text()
+
+    return run
+
+
+MODULE = 'module() { echo "module $*"; }; '
+
+
+def test_a_lost_node_requeues_a_job_twice_and_no_more(alone):
+    line = "interrupted (a node does not answer); requeued for restart 1\n"
+    words = ["ddp", str(ROOT / "recipes/vit.py")]
+    for times, requeued in ((0, True), (1, True), (2, False)):
+        log = alone(*words, before=line * times, RECIPES_MODULES="")
+        assert log.count("requeue 7") == requeued, log
+        assert ("no process has left a traceback" in log) != requeued
+
+
+def test_a_signal_before_the_trap_is_heeded_in_a_long_job(alone, tmp_path):
+    (tmp_path / "bin/srun").write_text('#!/bin/bash\nls "$RECIPES_JOB_FOLDER"\nexit 1\n')
+    (tmp_path / "setup.sh").write_text("kill -USR1 $$\n")
+    for seconds in (600, 7200):
+        end = str(int(time.time()) + seconds)
+        log = alone("ddp", str(ROOT / "recipes/vit.py"), RECIPES_SETUP="setup.sh", SLURM_JOB_END_TIME=end)
+        assert ("STOP" in log.split()) == (seconds == 7200)
+        assert "started" in log.split()
+
+
+def test_an_active_environment_wins_over_the_module(alone, tmp_path):
+    loaded = "module purge\nmodule load arch/h100 pytorch-gpu/py3/2.8.0\n"
+    assert alone().startswith(loaded)
+    assert alone(VIRTUAL_ENV=str(tmp_path)).startswith(loaded)  # without accelerate: conda's base, say
+    (tmp_path / "bin/accelerate").write_text("#!/bin/bash\n")
+    (tmp_path / "bin/accelerate").chmod(0o755)
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        assert "module" not in alone(**{name: str(tmp_path)})
+    # The login shell's module is such an environment too, of other GPUs perhaps.
+    assert alone(CONDA_PREFIX=str(tmp_path), LOADEDMODULES="a/1:pytorch-gpu/py3/2.8.0").startswith(loaded)
+    assert "module" not in alone(RECIPES_MODULES="")
+    assert alone(RECIPES_MODULES="one two").startswith("module purge\nmodule load one two\n")
+
+
+def test_words_are_split_as_the_preflight_splits_them(alone, tmp_path):
+    """A backslash in quotes, which xargs keeps."""
+    (tmp_path / "sweep.txt").write_text('--model "a\\"b" \'c d\'\n--model "a\n')
+    words = ["ddp", str(ROOT / "recipes/vit.py"), "@sweep.txt"]
+    (tmp_path / "bin/srun").write_text("#!/bin/bash\nprintf '<%s>' \"${@: -3}\"\nexit 1\n")
+    assert '<--model><a"b><c d>' in alone(*words, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1", RECIPES_MODULES="")
+    assert 'error: cannot split: --model "a' in alone(
+        *words, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", RECIPES_MODULES=""
+    )
+
+
+def test_submit_without_python_says_so(tmp_path):
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    process = subprocess.run(
+        ["/bin/bash", ROOT / "slurm/submit.sh", "h100", "ddp", "--", "x.py"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("error: no python to check the job with.")
 
 
 def test_shellcheck():
