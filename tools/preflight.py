@@ -651,7 +651,7 @@ def start(plan: Plan, task: Task) -> None:
     if task.run_config:
         tracking = plan.shared("tracking")
         tracking._trackers(task.run_config.report_to)
-        tracking._refuse_under_zero(task.run_config)
+        tracking._refuse_pairs(task.run_config, task.config)
         tracking._checkpoint_steps(task.run_config.checkpointing_steps, 1)
         config = task.config
         plan.shared("accelerator").split_batch(size or 1, config.global_batch_size, config.gradient_accumulation_steps)
