@@ -166,7 +166,7 @@ def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(run, runs):
 
 MOVED = {
     "tp 2 to ddp 1": (("vit_tp", "tp", 2), ("vit", "ddp", 1), "recipe,sequence_parallel"),
-    "pp 2 to fsdp 2": (("vit_pp", "pp", 2), ("vit", "fsdp", 2), "recipe,pipeline_schedule,pipeline_chunks"),
+    "pp 2 to fsdp 2": (("vit_pp", "pp", 2), ("vit", "fsdp", 2), "recipe,compile,pipeline_schedule,pipeline_chunks"),
     "hsdp 2x2 to ddp 2": (("vit", "hsdp", 4), ("vit", "ddp", 2), ""),
 }
 
