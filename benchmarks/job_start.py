@@ -6,8 +6,8 @@
 On a Slurm of this machine (tests/slurm/cluster.py; needs Debian's slurm-wlm and munge), one CPU process of one node:
 `accelerate launch` by hand; the same as a job without a preflight, as one of slurm/submit.sh is, which has made it; as
 one of plain sbatch, which makes it. In turn, each in a folder of its own. A job starts with the first line of its
-script; the step is done when it stands in metrics.jsonl. The seconds to the launcher are what the job adds by itself, on
-a machine that is busy with other things too. Prints a table and writes
+script; the step is done when it stands in metrics.jsonl. The seconds to the launcher are what the job adds by itself,
+on a machine that is busy with other things too. Prints a table and writes
 benchmarks/results/job_start_<hardware>_<date>.json.
 """
 
