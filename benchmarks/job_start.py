@@ -6,7 +6,8 @@
 On a Slurm of this machine (tests/slurm/cluster.py; needs Debian's slurm-wlm and munge), one CPU process of one node:
 `accelerate launch` by hand; the same as a job without a preflight, as one of slurm/submit.sh is, which has made it; as
 one of plain sbatch, which makes it. In turn, each in a folder of its own. A job starts with the first line of its
-script; the step is done when it stands in metrics.jsonl. Prints a table and writes
+script; the step is done when it stands in metrics.jsonl. The seconds to the launcher are what the job adds by itself,
+on a machine that is busy with other things too. Prints a table and writes
 benchmarks/results/job_start_<hardware>_<date>.json.
 """
 
@@ -77,34 +78,38 @@ def measure(cluster: Cluster, folder: Path, rounds: int) -> list[dict]:
 
 def row(name: str, values: list[tuple[float, float | None]], base: list[float]) -> dict:
     """Seconds; what is added is taken round by round."""
-    seconds, waits = zip(*values, strict=True)
+    seconds, launchers, waits = zip(*values, strict=True)
     result = {"what": name, "seconds": median_and_spread(seconds)}
     if name.startswith("job"):
         added = [one - other for one, other in zip(seconds, base, strict=True)]
-        result |= {"added, s": median_and_spread(added), "from submit to start, s": median_and_spread(waits)}
+        result |= {"more than by hand, s": median_and_spread(added)}
+        result |= {"to the launcher, s": median_and_spread(launchers), "in the queue, s": median_and_spread(waits)}
     return result
 
 
-def local(cluster: Cluster, run: Path) -> tuple[float, None]:
+def local(cluster: Cluster, run: Path) -> tuple[float, None, None]:
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--config_file"]
     words += [str(ROOT / "accelerate_configs/local_ddp.yaml"), RECIPE, *FLAGS, "--output_dir", "run"]
     begin = time.time()
     process = subprocess.Popen(words, cwd=run, env=cluster.environment, stdout=subprocess.DEVNULL)
     seconds = first_step(run, lambda: process.poll()) - begin
     process.wait()
-    return seconds, None
+    return seconds, None, None
 
 
-def job(cluster: Cluster, run: Path, **variables: str) -> tuple[float, float]:
-    """Seconds from the job's start, and from its submission to that."""
-    (run / "begin.sh").write_text("date +%s.%N >begin\n")
+def job(cluster: Cluster, run: Path, **variables: str) -> tuple[float, float, float]:
+    """Seconds from the job's start to the step, from its start to the launcher's, from its submission to its start."""
+    (run / "begin.sh").write_text("date +%s.%N >begin\nexport PATH=$PWD:$PATH\n")
+    note = "[[ $2 == accelerate.commands.launch ]] && date +%s.%N >launcher"
+    (run / "python").write_text(f'#!/bin/bash\n{note}\nexec {sys.executable} "$@"\n')
+    (run / "python").chmod(0o755)
     words = ["sbatch", *SCRIPT, str(ROOT / "slurm/h100.slurm"), "ddp", RECIPE, *FLAGS, "--output_dir", "run"]
     job: Job = cluster.sbatch(*words, cwd=run, **JOB, **variables)
     submitted = time.time()
     end = first_step(run, lambda: job.state in ("FAILED", "CANCELLED"))
-    begin = float((run / "begin").read_text())
+    begin, launcher = (float((run / name).read_text()) for name in ("begin", "launcher"))
     job.wait_completed()
-    return end - begin, begin - submitted
+    return end - begin, launcher - begin, begin - submitted
 
 
 def first_step(run: Path, failed: Callable) -> float:
@@ -117,11 +122,11 @@ def first_step(run: Path, failed: Callable) -> float:
     return time.time()
 
 
-def preflight(cluster: Cluster, run: Path, *options: str) -> tuple[float, None]:
+def preflight(cluster: Cluster, run: Path, *options: str) -> tuple[float, None, None]:
     words = [sys.executable, str(ROOT / "tools/preflight.py"), "h100", "ddp", "--account=project@h100", *options, "--"]
     begin = time.time()
     subprocess.run([*words, RECIPE, *FLAGS], cwd=run, env=cluster.environment, check=True, stdout=subprocess.DEVNULL)
-    return time.time() - begin, None
+    return time.time() - begin, None, None
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import ViTForImageClassification, ViTImageProcessor
 from transformers.hf_argparser import HfArg
-from transformers.initialization import no_init_weights
 
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, strategy
 from shared.checkpoint import ZERO
@@ -102,6 +101,7 @@ def build_loaders(accelerator, run_config, config):
 def build_model(accelerator, config, num_classes, seed):
     """The network on the CPU; under ZeRO-3 each process makes its shard of every weight and no more."""
     import deepspeed
+    from transformers.initialization import no_init_weights  # 5.17 has it
 
     if config.pretrained:
         folder = find_pretrained(config.pretrained)

@@ -281,7 +281,7 @@ def parse_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     """The options of sbatch that matter here, and the words that are no option of it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, (short, *_) in OPTIONS.items():
-        parser.add_argument(*{short, f"--{name}"}, dest=name)
+        parser.add_argument(*dict.fromkeys((short, f"--{name}")), dest=name)
     for names, how in zip(OTHERS, ({}, {"nargs": "?"}, {"action": "store_true"}), strict=True):
         for name in names.split():
             parser.add_argument(*f"--{name}".split(","), dest=f"other {name}", **how)
