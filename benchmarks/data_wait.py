@@ -58,7 +58,7 @@ def main() -> None:
     ]
     print(table(rows))
     settings = {name: value for name, value in vars(arguments).items() if name not in ("recipes", "rounds")}
-    print(write("data_wait", rows, settings=settings))
+    print(write("data_wait_eager" if arguments.no_compile else "data_wait", rows, settings=settings))
 
 
 def make_images(folder: Path, count: int) -> Path:

@@ -93,7 +93,8 @@ def started(runs, photographs) -> dict:
     for name in STRATEGIES:
         start(f"vit {name}", launch, runs / f"vit {name}", "vit", name, "no", *VIT, "--max_steps", str(STEPS))
     for name in ("no", "bf16", "fp16"):
-        folder, spoilt = runs / f"spoilt {name}", [*VIT, "--learning_rate", "1e30", "--max_steps", str(STEPS)]
+        # Under fp16 the scaler halves its scale, 65,536 at first, before a run is stopped.
+        folder, spoilt = runs / f"spoilt {name}", [*VIT, "--learning_rate", "1e30", "--max_steps", "24"]
         start(f"spoilt {name}", launch, folder, "vit", "ddp", name, *spoilt)
     for path in sorted((ROOT / "recipes").glob("*.py")):
         start(f"smoke {path.stem}", python, "tools/smoke.py", path.stem)
@@ -119,7 +120,7 @@ def photographs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("image_size", "bound"), [(224, 1), (64, 5)])  # of 64 pixels: the base decodes fewer
-def test_dali_decodes_on_the_gpu_what_the_base_shows(started, photographs, image_size, bound, monkeypatch, capfd):
+def test_dali_decodes_on_the_gpu_what_the_base_shows(photographs, image_size, bound, monkeypatch, capfd):
     """Mean difference a pixel, of 255."""
     monkeypatch.syspath_prepend(ROOT / "recipes")
     batches = {}
@@ -149,12 +150,13 @@ def test_dali_trains_on_jpegs(started):
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_in_two_starts_is_bitwise_the_run_in_one(started, name):
-    """Its state written in the background, where the strategy has that."""
+    """Its state written in the background, where the strategy has that. Of a ResNet the losses alone: cuDNN is free to
+    choose convolutions that are not deterministic."""
     two, one = (ended(started[f"{name} in {word}"]) for word in ("two", "one"))
     assert "resumed at step 7" in two.text
     assert two.series("samples_digest") == one.series("samples_digest")
     assert two.series("loss") == one.series("loss"), np.subtract(two.series("loss"), one.series("loss"))
-    if "zero" not in name:
+    if name.startswith("vit") and "zero" not in name:
         files = [read_manifest(checkpoints(run.folder / "checkpoints")[-1])["files"] for run in (two, one)]
         tensors = [{name: entry for name, entry in each.items() if name.startswith("tensors")} for each in files]
         assert tensors[0] == tensors[1]
@@ -172,7 +174,7 @@ def test_the_estimated_peak_is_within_a_fifth_of_the_measured_one(started, name)
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
 def test_every_strategy_has_the_losses_of_the_cpu(started, strategy):
-    """In fp32: to the rounding of the patches' convolution, which cuDNN computes in tf32."""
+    """In fp32, to rounding; the bound leaves room for a convolution that cuDNN computes in tf32."""
     run, cpu = ended(started[f"vit {strategy}"]), ended(started["vit cpu"])
     assert run.config["device"] == torch.cuda.get_device_name()
     difference = np.abs(np.divide(run.series("loss"), cpu.series("loss")) - 1).max()
