@@ -8,7 +8,7 @@
 SOURCE is whatever a recipe's --data takes, or a .zip or .tar of class folders, which is read where it lies: unpacking
 would cost an inode an image. Encoded images are copied byte by byte unless --max_side asks for smaller ones. In tar
 shards the images lie in random order, as a stream wants them; the index keeps the source's order. Killed at any point,
-the same command goes on after the shards that were complete.
+the same command goes on after the shards that were complete. Checksums are in the index, or beside parquet in b2sums.
 """
 
 import argparse
