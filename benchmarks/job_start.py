@@ -12,7 +12,6 @@ benchmarks/results/job_start_<hardware>_<date>.json.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -53,7 +52,7 @@ def main() -> int:
         finally:
             cluster.stop()
     print(table(rows))
-    print(write("job_start", rows, load_average=os.getloadavg()[2]))
+    print(write("job_start", rows))
     return 0
 
 
@@ -72,7 +71,7 @@ def measure(cluster: Cluster, folder: Path, rounds: int) -> list[dict]:
             run.mkdir(parents=True)
             times[name].append(way(run))
             print(name, times[name][-1], file=sys.stderr, flush=True)
-    base = [seconds for seconds, _ in times["accelerate launch"]]
+    base = [seconds for seconds, *_ in times["accelerate launch"]]
     return [row(name, values, base) for name, values in times.items()]
 
 
