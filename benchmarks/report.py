@@ -57,6 +57,7 @@ def median_and_spread(values: Iterable[float]) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Aligned text, a spread as `median (min to max)`, `..._bytes` in GiB, None as a dash."""
+    rows = [_folded(row) for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [[name.replace("_bytes", "_GiB") for name in columns]]
     lines += [[_cell(name, row.get(name)) for name in columns] for row in rows]
@@ -82,14 +83,21 @@ def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
     return Path(output) if output else path.relative_to(ROOT)
 
 
+def _folded(row: dict) -> dict:
+    """A median whose spread stands beside it, under `..._spread`, as one value."""
+    spreads = {name: row[f"{name}_spread"] for name in row if isinstance(row.get(f"{name}_spread"), dict)}
+    kept = {
+        name: value for name, value in row.items() if name.removesuffix("_spread") not in spreads or name in spreads
+    }
+    return {name: {"median": value, **spreads[name]} if name in spreads else value for name, value in kept.items()}
+
+
 def _cell(name: str, value) -> str:
     if isinstance(value, dict) and "median" in value:
         low, high = (_cell(name, value[bound]) for bound in ("min", "max"))
         return f"{_cell(name, value['median'])} ({low} to {high})"
-    if isinstance(value, dict) and "min" in value:
-        return f"{_cell(name, value['min'])} to {_cell(name, value['max'])}"
     if name.endswith("_bytes") and value is not None:
-        return f"{value / 2**30:.1f}"
+        return f"{value / 2**30:.3g}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "-" if value is None else str(value)
