@@ -3,9 +3,9 @@
 
     python tests/soak.py 500 [SEED [MINUTES]]
 
-Prints each kill, and in the end a table; writes benchmarks/results/soak_<hardware>_<date>.json. Exit status 1 where a
-run ended otherwise than the one that was not killed. Ctrl-C, or so many minutes (45), end it early, with the runs that
-have ended.
+Prints each kill, and in the end a table; writes benchmarks/results/soak_seed<SEED>_<hardware>_<date>.json after each
+run. Exit status 1 where one ended otherwise than the run that was not killed. Ctrl-C, or so many minutes (45), end it
+early.
 """
 
 import contextlib
@@ -29,19 +29,32 @@ import report
 KILLS_A_RUN = 8  # where it does not end before
 
 
-def soak(kills: int, seed: int, end: float, root: Path) -> list[dict]:
-    """A row for each case, whose runs take turns; no run begins after `end`, by the monotonic clock."""
+def soak(kills: int, seed: int, minutes: float, root: Path) -> list[dict]:
+    """A row for each case, whose runs take turns; no run begins after so many minutes. Recorded after each run."""
+    begin = time.monotonic()
     server, data, chance = forked.Server(environment(), root), digits_folder(root / "images"), random.Random(seed)
     rows = [{"case": name, "runs": 0, "kills": 0, "equal": 0, "differences": [], "kinds": {}} for name in SOAKED]
     with contextlib.suppress(KeyboardInterrupt):
         for row in itertools.cycle(rows):
             left = kills - sum(each["kills"] for each in rows)
-            if not left or time.monotonic() > end:
+            if not left or time.monotonic() > begin + 60 * minutes:
                 break
             print(f"{kills - left} of {kills} kills", flush=True)
             killed_run(server, data, root, row, min(left, KILLS_A_RUN), chance)
+            record(rows, kills, seed, begin)
     server.close()
-    return rows
+    return [row for row in rows if row["runs"]]
+
+
+def record(rows: list[dict], kills: int, seed: int, begin: float) -> Path:
+    rows = [row for row in rows if row["runs"]]
+    totals = {"kills": sum(row["kills"] for row in rows), "seed": seed, "all_equal": all(map(is_equal, rows))}
+    totals |= {"command": f"python tests/soak.py {kills} {seed}", "seconds": round(time.monotonic() - begin)}
+    return report.write(f"soak_seed{seed}", rows, **totals)
+
+
+def is_equal(row: dict) -> bool:
+    return row["runs"] == row["equal"]
 
 
 def killed_run(server: forked.Server, data: Path, root: Path, row: dict, kills: int, chance: random.Random) -> None:
@@ -67,13 +80,7 @@ def killed_run(server: forked.Server, data: Path, root: Path, row: dict, kills: 
 
 if __name__ == "__main__":
     kills, seed, minutes = (int(word) for word in (*sys.argv[1:], *("500", "0", "45")[len(sys.argv) - 1 :]))
-    begin = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        rows = soak(kills, seed, begin + 60 * minutes, Path(folder))
-    rows = [row for row in rows if row["runs"]]
-    equal = all(row["runs"] == row["equal"] for row in rows)
+        rows = soak(kills, seed, minutes, Path(folder))
     print(report.table([{name: row[name] for name in ("case", "runs", "kills", "equal")} for row in rows]))
-    totals = {"kills": sum(row["kills"] for row in rows), "seed": seed, "all_equal": equal}
-    totals |= {"command": f"python tests/soak.py {kills} {seed}", "seconds": round(time.monotonic() - begin)}
-    print(report.write("soak", rows, **totals))
-    sys.exit(not equal)
+    sys.exit(not all(map(is_equal, rows)))

@@ -49,7 +49,10 @@ def open_data(data: str, val_fraction: float, seed: int, shuffle_block: int = 0)
     """
     train, held_out = _open(data, val_fraction, seed)
     if shuffle_block and train.blocks is None:
-        raise UserError(f"--shuffle_block {shuffle_block} needs tar shards, and {data} has none. Leave it out.")
+        raise UserError(
+            f"--shuffle_block {shuffle_block} needs tar shards, which tools/pack.py fills at random; {data} has none. "
+            "Leave it out."
+        )
     blocks = Blocks(train.blocks.shard, shuffle_block) if shuffle_block else None
     return replace(train, blocks=blocks), held_out
 
