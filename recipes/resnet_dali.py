@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch>=2.8", "torchvision>=0.23", "accelerate>=1.10", "transformers>=4.57", "numpy>=2", "pillow>=10",
 #   "scikit-learn>=1.5", "filelock>=3.12", "tqdm>=4.66", "tensorboard>=2.18", "simplejpeg>=1.8",
-#   "nvidia-dali-cuda130; sys_platform == 'linux'",
+#   "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0

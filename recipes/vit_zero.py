@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch>=2.8", "torchvision>=0.23", "accelerate>=1.10", "transformers>=5.17", "numpy>=2", "pillow>=10",
 #   "scikit-learn>=1.5", "filelock>=3.12", "tqdm>=4.66", "tensorboard>=2.18",
-#   "deepspeed; sys_platform == 'linux'",
+#   "deepspeed>=0.17; sys_platform == 'linux'",
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
