@@ -430,8 +430,10 @@ def test_a_disk_without_a_byte_does_not_end_the_run(server: Server, data, whole,
         said = []
         with open(disk / "filler", "wb", buffering=0) as filler:
             while not launch.ended and len(said) < 3:
-                with contextlib.suppress(OSError):
-                    filler.write(bytes(4096))
+                for size in (1 << 20, 4096):  # at once, and then what the run gives back
+                    with contextlib.suppress(OSError):
+                        while filler.write(bytes(size)) == size:
+                            pass
                 said = [name for name in FILES if f"warning: {name} cannot be written" in launch.output.read_text()]
         (disk / "filler").unlink()
         process = launch.wait()
