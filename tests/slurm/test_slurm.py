@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,10 @@ OPTIONS = ["--account=project@h100", "--time=30"]
 HEAD = """
 import os, pathlib, time
 seen = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURMD_NODENAME", "WANDB_MODE")]
-print("process", *seen)
+print(" ".join(map(str, ["process", *seen])))  # in one write: torchrun puts its prefix before each
 others = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
-print("others", *[os.environ.get(name) for name in (*others, "TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "MASTER_ADDR")])
+others = [os.environ.get(name) for name in (*others, "TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "MASTER_ADDR")]
+print(" ".join(map(str, ["others", *others])))
 if seen[0] == os.environ.get("FAIL_EARLY", "none"):
     import no_such_library
 
@@ -118,7 +120,16 @@ def limited(cluster, tmp_path_factory) -> SimpleNamespace:
     end = str(int(time.time()) + 7200)  # so that the run itself sees no deadline
     options = ["--account=project@v100", "--time=1", "--signal=B:CONT@1"]  # no other signal before
     job = jobs.submit("limited", *options, machine="v100", SLURM_JOB_END_TIME=end)
-    return SimpleNamespace(jobs=jobs, job=job, pause=pause)
+
+    def end_the_pause() -> None:
+        """Within KillWait, whichever test runs then."""
+        log = jobs.folder / f"recipes-{job.number}.log"
+        wait_for(lambda: log.exists() and "DUE TO TIME LIMIT" in log.read_text(), "the limit")
+        time.sleep(1)
+        pause.unlink()
+
+    threading.Thread(target=end_the_pause, daemon=True).start()
+    return SimpleNamespace(jobs=jobs, job=job)
 
 
 @pytest.fixture(scope="module")
@@ -396,11 +407,6 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
 
 def test_requeued_at_the_real_limit(limited):
     """Slurm's SIGTERM: the run saves within KillWait, and the job is requeued."""
-    limited.jobs.wait_for_step("limited", 3, limited.job)
-    log = limited.jobs.folder / f"recipes-{limited.job.number}.log"
-    wait_for(lambda: "DUE TO TIME LIMIT" in log.read_text(), "the limit")
-    time.sleep(1)
-    limited.pause.unlink()
     limited.job.wait_requeued(1)
     assert "interrupted (the time limit); requeued for restart 1" in limited.job.log
     assert limited.jobs.result("limited").summary["status"] == "interrupted"
