@@ -4,6 +4,7 @@
     python benchmarks/loaders.py                                         # crops of scikit-learn's two photographs
     python benchmarks/loaders.py --data $DSDIR/imagenet --num_workers 8  # 1,024 of your images
     python benchmarks/loaders.py --data FOLDER --output loaders.json     # results there, not in benchmarks/results/
+    python benchmarks/loaders.py --part sweep --num_workers 16           # only how many workers, in a few minutes
 
 It takes `--images` images of `--data` (all that resnet.py reads), stores them below `--work` as class folders, tar
 shards and parquet, and lets each loader make training batches of them: a random crop of 8 to 100 % of the area,
@@ -29,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +48,13 @@ import resnet_torchdata
 import resnet_webdataset
 
 from shared.config import UserError
-from shared.data import Loader, TrainingOrder, Views, decode, open_data, training_view
+from shared.data import Batch, Loader, TrainingOrder, Views, decode, open_data, training_view
 from shared.data.loaders import MEAN, PREFETCH, STD, read_by_workers, worker_options
 from shared.data.streams import read_streams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+PAIRS = 20  # of one worker and two
 EPOCHS = 20  # over which a worker's memory is looked at
 Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
 STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
@@ -65,17 +68,19 @@ def main(args: argparse.Namespace) -> None:
         stores = in_process(store, args)
         print(table(stores))
         contestants = [name for name in LOADERS if not args.loaders or name in args.loaders.split(",")]
+        contestants = contestants if args.part != "sweep" else []
         rows = bake_off([name for name in contestants if installed(name)], args)
-        print(table(rows))
+        print(table(rows) if rows else "")
         for name in contestants:
             if not installed(name):
                 print(f"{name}: left out, {LOADERS[name][1]} is not installed (or there is no GPU)")
         sweep, more = [], {}
-        if not args.loaders:
-            sweep, more = sweep_options(args)
+        if not args.loaders and args.part != "bake_off":
+            sweep, more = sweep_options(args), in_process(two_over_one, args)
             more |= {"worker_megabytes": in_process(worker_memory, args), "advice": recommendation(sweep)}
             print(table(sweep), *(f"{name}: {value}" for name, value in more.items()), sep="\n")
-        path = write("loaders", rows, output=args.output, stores=stores, sweep=sweep, **more)
+        name = "loaders" if args.part == "all" else f"loaders_{args.part}"
+        path = write(name, rows, output=args.output, stores=stores, sweep=sweep, **more)
         chart(rows, sweep, (Path(args.output) if args.output else ROOT / path).with_suffix(".png"))
         print(path)
 
@@ -179,8 +184,10 @@ def ours(
     return partial(sizes, loader if ON_GPU else loader.batches)
 
 
-def training_views(args: argparse.Namespace, store: str) -> Views:
+def training_views(args: argparse.Namespace, store: str, times: int = 1) -> Views:
+    """times: how often each image is in an epoch."""
     source, _ = open_data(str(args.folder / store), 0.02, 0)
+    source = source.subset(np.tile(np.arange(len(source)), times)) if times > 1 else source
     order = TrainingOrder(len(source), args.batch_size, args.batch_size, 0, 1, 0)
     view = partial(training_view, min_crop_area=0.08, horizontal_flip=True)
     return Views(source, view, order, args.image_size, 0)
@@ -304,9 +311,8 @@ LOADERS: dict[str, tuple[Callable, str]] = {
     "shared_folder": (partial(ours, store="folder"), "torch"),
     "shared_tar": (partial(ours, store="tar"), "torch"),
     "shared_parquet": (partial(ours, store="parquet"), "datasets"),
-    "shared_tar_nvimgcodec": (partial(ours, store="tar", without=("native",)), "nvidia.nvimgcodec"),
-    "shared_tar_simplejpeg": (partial(ours, store="tar", without=("native", "nvimgcodec")), "simplejpeg"),
-    "shared_tar_pil": (partial(ours, store="tar", without=("native", "nvimgcodec", "simplejpeg")), "torch"),
+    "shared_tar_simplejpeg": (partial(ours, store="tar", without=("native",)), "simplejpeg"),
+    "shared_tar_pil": (partial(ours, store="tar", without=("native", "simplejpeg")), "torch"),
     "shared_webdataset": (partial(ours, store="tar", read=read_streams), "webdataset"),
     "shared_torchdata": (partial(ours, store="tar", read=resnet_torchdata.read_nodes), "torchdata"),
     "shared_dali": (partial(ours, store="tar", read=resnet_dali.Dali), "nvidia.dali"),
@@ -402,18 +408,20 @@ def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespac
     epoch = make(args)
     begin = time.perf_counter()
     first = sum(epoch()) / (time.perf_counter() - begin)
+    return counted(lambda: sum(epoch()), args.seconds) | ({"cold_images_per_second": first} if cold else {})
+
+
+def counted(some: Callable[[], int], least: float) -> dict:
+    """some: loads images, and gives their number. least: seconds."""
     images, processor, begin = 0, processor_seconds(), time.perf_counter()
-    while time.perf_counter() - begin < args.seconds:
-        images += sum(epoch())
+    while time.perf_counter() - begin < least:
+        images += some()
         if ON_GPU:
             torch.cuda.synchronize()
     seconds, processor = time.perf_counter() - begin, processor_seconds() - processor
-    return {
-        "images_per_second": images / seconds,
-        "images_per_core_second": images / processor,
-        "memory_bytes": sum(process.memory_full_info().uss for process in family()),
-        **({"cold_images_per_second": first} if cold else {}),
-    }
+    memory = sum(process.memory_full_info().uss for process in family())
+    rates = {"images_per_second": images / seconds, "images_per_core_second": images / processor}
+    return rates | {"memory_bytes": memory}
 
 
 def drop_cache(folder: Path) -> None:
@@ -433,23 +441,32 @@ def processor_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in family())
 
 
-def sweep_options(args: argparse.Namespace) -> tuple[list[dict], dict]:
-    """The tar shards' loader with each number of workers, of batches that a worker prefetches, and pinned or not; and
-    how much two workers bring over one."""
+def sweep_options(args: argparse.Namespace) -> list[dict]:
+    """The tar shards' loader with each number of workers, of batches that a worker prefetches, and pinned or not."""
     cases = sweep_cases(max(cores(), args.num_workers))
     runs = [[] for _ in cases]
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}: the sweep", file=sys.stderr)
         for case, seen in zip(cases, runs, strict=True):
-            seen.append(in_process(measure, partial(with_options, **case), args))
-    rows = [case | measured(seen) for case, seen in zip(cases, runs, strict=True)]
-    rates = {
-        case["num_workers"]: [run["images_per_second"] for run in seen]
-        for case, seen in zip(cases, runs, strict=True)
-        if as_a_recipe(case)
-    }
-    ratios = [two / one for two, one in zip(rates.get(2, []), rates[1], strict=False)]
-    return rows, {"two_workers_over_one": median_and_spread(ratios)} if ratios else {}
+            seen.append(in_process(measure_with, case, args))
+    return [case | measured(seen) for case, seen in zip(cases, runs, strict=True)]
+
+
+def two_over_one(args: argparse.Namespace) -> dict:
+    """How much two workers bring over one, by turns of seconds, since a shared machine's speed changes by the minute;
+    nothing where there is one core."""
+    if cores() < 2:
+        return {}
+    print("one worker and two, by turns", file=sys.stderr)
+    cases = [{"num_workers": workers, "prefetch_factor": PREFETCH, "pin_memory": ON_GPU} for workers in (1, 2)]
+    streams, ratios = [endless(case, args) for case in cases], []
+    for _ in range(PAIRS):
+        rates = []
+        for case, batches in zip(cases, streams, strict=True):
+            fill_queues(case, batches)  # again: what lies there was made in the other's turn
+            rates.append(counted(lambda: len(next(batches).labels), args.seconds / 2)["images_per_second"])  # noqa: B023
+        ratios.append(rates[1] / rates[0])
+    return {"two_workers_over_one": median_and_spread(ratios)}
 
 
 def sweep_cases(most: int) -> list[dict]:
@@ -467,10 +484,22 @@ def as_a_recipe(case: dict) -> bool:
     return case["prefetch_factor"] in (None, PREFETCH) and case["pin_memory"] == ON_GPU
 
 
-def with_options(args: argparse.Namespace, **case) -> Epoch:
-    views = training_views(args, "tar")
+def measure_with(case: dict, args: argparse.Namespace) -> dict:
+    batches = endless(case, args)
+    fill_queues(case, batches)
+    return counted(lambda: len(next(batches).labels), args.seconds)
+
+
+def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
+    """In long epochs: so few batches as the bake-off's have do not divide evenly among workers."""
+    views = training_views(args, "tar", times=100)
     loader = Loader(views, DEVICE, case["num_workers"], read=partial(read_with, **case))
-    return partial(sizes, loader if ON_GPU else loader.batches)
+    return chain.from_iterable(repeat(loader if ON_GPU else loader.batches))
+
+
+def fill_queues(case: dict, batches: Iterator[Batch]) -> None:
+    for _ in range((case["num_workers"] + 1) * (1 + (case["prefetch_factor"] or 1))):
+        next(batches)
 
 
 def read_with(
@@ -534,6 +563,9 @@ def chart(rows: list[dict], sweep: list[dict], path: Path) -> None:
     lines.set_xlabel("--num_workers (shared_tar)")
     lines.set_ylabel("images a second")
     lines.set_ylim(bottom=0)
+    for panel, drawn in ((bars, rows), (lines, sweep)):
+        if not drawn:
+            panel.set_axis_off()
     if sweep:
         lines.set_xticks(sorted({row["num_workers"] for row in sweep}))
         lines.legend(loc="lower right")
@@ -552,6 +584,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="least duration of a measurement")
     parser.add_argument("--loaders", default="", help=f"some of them only, and no sweep: {', '.join(LOADERS)}")
+    parser.add_argument("--part", choices=("all", "bake_off", "sweep"), default="all", help="of the benchmark")
     parser.add_argument(
         "--work", default=None, help="an existing folder on the disk to be measured; default: temporary"
     )

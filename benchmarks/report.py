@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy", "pillow", "simplejpeg")
-PACKAGES += ("nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "webdataset", "datasets", "torchdata", "timm", "ffcv")
+PACKAGES += ("nvidia-dali-cuda130", "webdataset", "datasets", "torchdata", "timm", "ffcv")
 
 
 def hardware() -> dict:

@@ -22,8 +22,8 @@ DALI is fed each batch's images in our order, from any storage, with the crops t
 is the checkpoint's step. Pixels are within 0.5 of 255 of resnet.py's in an image's mean, or 5 where that shrinks while
 it decodes. What is no sound, plain JPEG goes to the decoder of all recipes, which names torn images.
 
-When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 336 images/s of a core at
-224 px, DALI with its own reader 380, resnet.py 787 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-26.json).
+When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 397 images/s of a core at
+224 px, DALI with its own reader 354, resnet.py 881 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-26.json).
 """
 
 import sys

@@ -27,7 +27,7 @@ ours, and with it the loss curve on any number of processes: its own shuffle, an
 Nor is its decoding, which makes a PIL image of each row: the bytes go to the decoder of all other recipes.
 
 When: the images lie in a hub's format, or programs beside this one read them by `datasets`. Measured on 2 CPU cores,
-one worker, images/s of a core at 224 px: 805 from parquet and 787 from tar shards by our decoder, 199 where `datasets`
+one worker, images/s of a core at 224 px: 819 from parquet and 881 from tar shards by our decoder, 232 where `datasets`
 decodes and torchvision transforms (benchmarks/results/loaders_cpu2_2026-11-26.json).
 """
 

@@ -24,7 +24,7 @@ counts epochs and micro-batches, which are the same on each process and on any n
 holds the number of its workers besides, and asks for the same one.
 
 When: the order of your samples cannot be a function of the step, or threads suit you better than processes. Measured
-on 2 CPU cores, images/s of a core at 224 px: 797 by one thread of nodes, 787 by one worker process
+on 2 CPU cores, images/s of a core at 224 px: 863 by one thread of nodes, 881 by one worker process
 (benchmarks/results/loaders_cpu2_2026-11-26.json).
 """
 

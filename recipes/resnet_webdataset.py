@@ -28,8 +28,8 @@ What it cannot promise: the order of the other loaders, or the same one with ano
 in one shard meet in steps nearby: shards must have been filled at random, as tools/pack.py does.
 
 When: the file system is slow at random reads, or each node can hold a part of the shards. Measured on 2 CPU cores, one
-worker, images/s of a core at 224 px: 629, against 787 of the same shards at random out of the page cache, and
-186 of webdataset with PIL, as its examples use it (benchmarks/results/loaders_cpu2_2026-11-26.json).
+worker, images/s of a core at 224 px: 680, against 881 of the same shards at random out of the page cache, and
+210 of webdataset with PIL, as its examples use it (benchmarks/results/loaders_cpu2_2026-11-26.json).
 """
 
 import os

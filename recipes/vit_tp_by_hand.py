@@ -17,8 +17,8 @@ Base: none.
 
 When: to learn, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) beside it, why ViT-S at 224 px makes each
 of two processes send 55 MiB for 4 images, and as much more for each 4 more, where DDP's 84 never grow
-(benchmarks/results/communication_cpu2_2026-11-23.json). To train, take vit_tp.py: this one keeps no checkpoints, and a
-run that was cut off starts anew. The losses are those of vit.py.
+(benchmarks/results/communication_cpu2_2026-11-23.json). To train, take vit_tp.py, which is shorter. The losses and
+the checkpoints are those of vit.py.
 
 Longer than 250 lines: --check stands beside what it checks.
 """
@@ -26,11 +26,13 @@ Longer than 250 lines: --check stands beside what it checks.
 import copy
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, linear, one_hot
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -83,8 +85,8 @@ def build_groups(size):
 
 
 def cut(x, dim, group="tp"):
-    """This rank's part of a whole tensor; parts may differ by one (10 classes on 4 ranks: 3, 3, 2, 2). None: all."""
-    return x if dim is None else x.tensor_split(GROUP[group].size(), dim)[GROUP[group].rank()]
+    """This rank's part of a whole tensor, as DTensor cuts it (10 classes on 4 ranks: 3, 3, 3, 1). None: all."""
+    return x if dim is None else x.chunk(GROUP[group].size(), dim)[GROUP[group].rank()]
 
 
 def all_reduced(x, op=dist.ReduceOp.SUM):
@@ -284,6 +286,8 @@ def train_one_epoch(accelerator, model, buckets, loader, optimizer, scheduler, c
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
+            if run.checkpoint_due:
+                run.save(*described(model, optimizer), scheduler)
             if run.stopping:
                 return
 
@@ -300,6 +304,39 @@ def evaluate(accelerator, model, loader, run):
         evaluation.add(all_reduced(logits), batch.labels, batch.valid)
         run.profiler.step()
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
+
+
+# Checkpoints
+
+
+def described(model, optimizer):
+    """The same memory as DTensors, which say where in the whole each part lies, in a model and an optimizer of their
+    own: what is written from these, any other strategy reads."""
+    mesh = DeviceMesh.from_group(GROUP["tp"], next(model.parameters()).device.type)
+    with torch.device("meta"):
+        whole = VisionTransformer(model.config)
+    moments = {}
+    for path, module in whole.named_modules():
+        for name, shape in list(module.named_parameters(recurse=False)):
+            part = model.get_submodule(path).get_parameter(name)
+            place = [Replicate() if part.cut_dim is None else Shard(part.cut_dim)]
+            describe = partial(DTensor.from_local, device_mesh=mesh, placements=place, run_check=False)
+            describe = partial(describe, shape=shape.shape, stride=shape.stride())
+            setattr(module, name, torch.nn.Parameter(describe(part.detach())))
+            values = optimizer.state.get(part, {}).items()
+            moments[getattr(module, name)] = {key: describe(value) if value.ndim else value for key, value in values}
+    twin = torch.optim.AdamW(whole.parameters())
+    twin.state.update({parameter: values for parameter, values in moments.items() if values})
+    return whole, twin
+
+
+def resume(model, optimizer, scheduler, run):
+    """Each rank reads its parts, whoever wrote them; weights arrive in their memory, moments are handed over."""
+    whole, twin = described(model, optimizer)
+    run.resume(whole, twin, scheduler)
+    for part, parameter in zip(model.parameters(), whole.parameters(), strict=True):
+        for key, value in twin.state.get(parameter, {}).items():
+            optimizer.state[part][key] = value.to_local() if isinstance(value, DTensor) else value
 
 
 # --check
@@ -408,11 +445,16 @@ def losses(model, loss_of, finish=lambda: None):
     return torch.stack(values)
 
 
-def refuse(run_config, config, sizes):
+def refuse(config, sizes):
     """What cannot be cut, or is not done here, ends in one line before a model is built."""
     size, heads, width = config.tensor_parallel_size, sizes.num_attention_heads, sizes.intermediate_size
     classes, positions = sizes.num_labels, 1 + (sizes.image_size // sizes.patch_size) ** 2
-    choice = [n for n in range(1, min(classes, positions) + 1) if heads % n == 0 and width % n == 0]
+
+    def fits(size):
+        parts = [ceil(length / ceil(length / size)) for length in (classes, positions)]  # fewer where some are empty
+        return heads % size == 0 and width % size == 0 and parts == [size, size]
+
+    choice = list(filter(fits, range(1, min(classes, positions) + 1)))
     if size not in choice:
         raise UserError(
             f"--tensor_parallel_size {size} does not cut {heads} heads, {width} MLP columns, {classes} classes and "
@@ -420,8 +462,6 @@ def refuse(run_config, config, sizes):
         )
     if mixed_precision() not in ("no", "bf16"):
         raise UserError("the loss scale of fp16 is not shared among the parts. Set mixed_precision to bf16 or no.")
-    if run_config.checkpointing_steps != "epoch" or run_config.resume_from_checkpoint not in ("auto", "never"):
-        raise UserError("this recipe keeps no checkpoints. Leave those flags out, or train with recipes/vit_tp.py.")
 
 
 def main(run_config, config):
@@ -429,7 +469,7 @@ def main(run_config, config):
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
     sizes = vit_config(config.model, config.image_size, config.patch_size, len(classes), 0.0)
-    refuse(run_config, config, sizes)
+    refuse(config, sizes)
     build_groups(config.tensor_parallel_size)
     if config.check:
         check(config, sizes, run_config.seed, accelerator.device)
@@ -439,12 +479,14 @@ def main(run_config, config):
             model = build_model(config, sizes, run_config.seed, accelerator.device)
             optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
             buckets = GradientBuckets(model)
+            if run.checkpoint:
+                resume(model, optimizer, scheduler, run)
             with run.profiling(len(eval_loader)):
                 while not run.stopping:
                     train_one_epoch(accelerator, model, buckets, train_loader, optimizer, scheduler, config, run)
                     if run.evaluation_due:
                         evaluate(accelerator, model, eval_loader, run)
-        accelerator.wait_for_everyone()  # for rank 0's summary
+                    run.save(*described(model, optimizer), scheduler)
         run.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()

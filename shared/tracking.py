@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: configuration, metrics by step, summary, trackers, progress bar, trace."""
+"""A run: its position, and what it says of it in its folder, to trackers and on the terminal."""
 
 import contextlib
-import errno
-import json
 import math
 import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from accelerate.utils import ProfileKwargs
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -42,13 +37,9 @@ from .checkpoint import (
 from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch
 from .interruption import Interruption
-from .tensor_files import replace_text, to_disk
+from .run_folder import MetricsFile, git_commit, launcher_variables, lock, read_json, versions, write_json, writing
 
-LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
 TRACED = 3  # training steps, and evaluation batches, in the trace of --profile
-PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
-LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "SLURM_", "NCCL_", "OMP_NUM_THREADS", "CUDA_VISIBLE_")
-LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Run:
@@ -82,8 +73,7 @@ class Run:
         self.torn, self.train_seconds, self.launched = 0, 0.0, time.perf_counter()
         self.interrupted = ""  # or the reason, the same one on every process
         self.evaluation_seconds, self.step_end = 0.0, time.perf_counter()
-        self.unwritten, self.metrics_bytes = [], 0  # lines that wait for room on the disk; size without them
-        self.warned = set()
+        self.metrics, self.warned = MetricsFile(self.folder / "metrics.jsonl"), set()
         self.skipped = False  # the last step, for its loss or gradient was not finite
         self.profiler = SimpleNamespace(step=lambda: None)
         self._start_window()
@@ -92,9 +82,9 @@ class Run:
 
     def _claim(self) -> tuple[Path | None, dict]:
         """Rank 0: lock the folder; return the checkpoint to resume from and the former summary."""
-        with _writing(self.folder):
+        with writing(self.folder):
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(self.folder)
+            self.lock = lock(self.folder)
         say(str(self.folder))
         tell_job("run_folder", str(self.folder.resolve()))
         folder = self.folder / "checkpoints"
@@ -107,11 +97,11 @@ class Run:
         given = str(Path(self.run_config.resume_from_checkpoint).resolve())
         if checkpoint:
             self.begun_from = given if str(checkpoint) == given else read_manifest(checkpoint).get("begun_from")
-        return checkpoint, _read_json(self.folder / "summary.json")
+        return checkpoint, read_json(self.folder / "summary.json")
 
     def _refuse_other_values(self, checkpoint: Path | None) -> None:
         """Where this run differs from the one of the folder or the checkpoint, but in what --resume_override names."""
-        folders = _read_json(self.folder / "config.json").get("identity", self.identity)
+        folders = read_json(self.folder / "config.json").get("identity", self.identity)
         sources = [folders, read_manifest(checkpoint)["identity"] if checkpoint else folders]
         known = {name: [former.get(name) for former in sources] for name in {*self.identity, *sources[0], *sources[1]}}
         changed = {name for name, values in known.items() if {*map(str, values)} != {str(self.identity.get(name))}}
@@ -137,10 +127,10 @@ class Run:
         self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def _begin_files(self, classes: list[str]) -> None:
-        with _writing(self.folder):
-            _write_json(self.folder / "config.json", self._description(classes))
+        with writing(self.folder):
+            write_json(self.folder / "config.json", self._description(classes))
             if self.checkpoint is None:
-                self._drop_lines_after(0)
+                self.metrics.drop_after(0)
         self._write_summary("running")
 
     def _batch_line(self) -> str:
@@ -161,13 +151,9 @@ class Run:
             "run_config": vars(self.run_config),
             "command": [sys.executable, *sys.argv],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "git_commit": _git_commit(),
-            "versions": self._versions(),
-            "launcher": {
-                name: value
-                for name, value in sorted(os.environ.items())
-                if name.startswith(LAUNCHER_VARIABLES) or name in LAUNCHER_NAMES
-            },
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "launcher": launcher_variables(),
             "strategy": strategy(),
             "mesh": dict(zip(MESH, accelerator.mesh.shape, strict=True)) if accelerator.mesh else None,
             "world_size": accelerator.num_processes,
@@ -178,9 +164,6 @@ class Run:
             "classes": classes,
             "shared": str(Path(__file__).with_name("__init__.py")),
         }
-
-    def _versions(self) -> dict[str, str | None]:
-        return {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
 
     # Position
 
@@ -223,9 +206,10 @@ class Run:
         self._start_window()
 
     def _go_back(self) -> None:
-        with _writing(self.folder):
+        with writing(self.folder):
             put_aside(self.folder / "checkpoints", self.checkpoint)
-            self._drop_lines_after(self.step)
+            kept = self.metrics.drop_after(self.step)
+        self.evaluation = next((line for line in reversed(kept) if "accuracy" in line), {})
 
     def save(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: dict | None = None) -> None:
         """Write a checkpoint of this step; loader is a loader's state, the same on every process.
@@ -236,7 +220,7 @@ class Run:
         torn = all_reduce_sum(self.accelerator, [self.torn])[0]
         self._say_unsaved(self.checkpoints.wait())
         try:
-            self.checkpoints.agreed(self._keep_metrics, on_main=True)
+            self.checkpoints.agreed(self.metrics.to_disk, on_main=True)
             state = {"step": self.step, "torn": int(torn), "loader": loader}
             self.checkpoints.save(model, optimizer, scheduler, state, self._origin())
             if self.stopping and (error := self.checkpoints.wait()):
@@ -269,24 +253,11 @@ class Run:
             "recipe": self.recipe,
             "strategy": strategy(),
             "world_size": self.accelerator.num_processes,
-            "versions": self._versions(),
+            "versions": versions(),
             "accuracy": self.evaluation.get("accuracy") if self.evaluation.get("step") == self.step else None,
             "begun_from": self.begun_from,
             **{name: getattr(self.config, name) for name in SIZES if hasattr(self.config, name)},
         }
-
-    def _keep_metrics(self) -> None:
-        """On the disk before a checkpoint that lies past them; raises OSError."""
-        self._write_lines()
-        to_disk(self.folder / "metrics.jsonl")
-
-    def _drop_lines_after(self, step: int) -> None:
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in map(_parse, lines) if line.get("step", math.inf) <= step]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.metrics_bytes = path.stat().st_size
-        self.evaluation = next((line for line in reversed(kept) if "accuracy" in line), {})
 
     # Training
 
@@ -362,7 +333,7 @@ class Run:
         record = self.folder / "nonfinite.json"
         with contextlib.suppress(OSError):  # a full disk
             if self.accelerator.is_main_process:
-                _write_json(record, {"step": self.step + 1, "grad_norm": str(norm), "processes": everyone})
+                write_json(record, {"step": self.step + 1, "grad_norm": str(norm), "processes": everyone})
         late = norm is not None and strategy().startswith("zero")
         gradient = "" if norm is None else f" and the gradient norm {norm}"
         raise UserError(
@@ -441,25 +412,14 @@ class Run:
     def _log(self, line: dict) -> None:
         numbers = {name: value for name, value in line.items() if not isinstance(value, str) and name != "step"}
         if self.accelerator.is_main_process:
-            self.unwritten.append(json.dumps(line) + "\n")
             with self._bearing("metrics.jsonl"):
-                self._write_lines()
+                self.metrics.append(line)
         with self._bearing("the trackers' log"):
             try:
                 self.accelerator.log(numbers, step=line["step"])
             except OSError:
                 self.accelerator.trackers = []  # they would fail ever after
                 raise
-
-    def _write_lines(self) -> None:
-        """Those that found no room wait for the next that do, so that each step stands once, in its place."""
-        data = "".join(self.unwritten).encode()
-        with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
-            if file.tell() > self.metrics_bytes:
-                file.truncate(self.metrics_bytes)  # a part, of what did not fit
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.metrics_bytes, self.unwritten = self.metrics_bytes + len(data), []
 
     @contextlib.contextmanager
     def _bearing(self, name: str) -> Iterator[None]:
@@ -534,7 +494,7 @@ class Run:
     def _show_result(self) -> None:
         if not self.accelerator.is_main_process:
             return  # the file may not be written yet
-        summary = _read_json(self.folder / "summary.json")
+        summary = read_json(self.folder / "summary.json")
         if self.interrupted:
             self.say(f"interrupted ({self.interrupted}) at step {self.step} of {self.total_steps}; the checkpoint is")
             self.say(f"  {self.newest_checkpoint}")
@@ -565,7 +525,7 @@ class Run:
             "pid": os.getpid(),
         }
         with self._bearing("summary.json"):
-            _write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / "summary.json", summary)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.launched
@@ -576,21 +536,6 @@ class Run:
             with contextlib.suppress(OSError):  # as shared.config.say
                 tqdm.write(line)
                 sys.stdout.flush()
-
-
-def _lock(folder: Path) -> FileLock:
-    lock = FileLock(folder / "lock")
-    with contextlib.suppress(Timeout):
-        lock.acquire(timeout=0)
-        return lock
-    holder = _read_json(folder / "summary.json")
-    use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    say(f"{use}; waiting {LOCK_SECONDS} s for it to end", sys.stderr)
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise UserError(f"{use}. Stop it, or give another --output_dir.") from None
-    return lock
 
 
 def _trackers(report_to: str) -> list[str]:
@@ -647,41 +592,3 @@ def _all_finite(accelerator: Accelerator, losses: Tensor) -> bool:
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(infinite)
     return infinite.item() == 0
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(sys.argv[0]).resolve().parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return None
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(PackageNotFoundError):
-        return version(package)
-    return None
-
-
-def _read_json(path: Path) -> dict:
-    """Nothing where it is absent, or was torn by a loss of power: each start writes it anew."""
-    return _parse(path.read_text(errors="replace")) if path.exists() else {}
-
-
-def _write_json(path: Path, values: dict) -> None:
-    replace_text(path, json.dumps(values, indent=1) + "\n")
-
-
-def _parse(text: str) -> dict:
-    """Nothing where a kill tore it."""
-    with contextlib.suppress(json.JSONDecodeError):
-        values = json.loads(text)
-        return values if isinstance(values, dict) else {}
-    return {}
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Give another --output_dir.") from error

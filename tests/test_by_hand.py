@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch_command, python, train
 
+from shared.checkpoint import checkpoints, read_weights
+
 FLAGS = ["--max_steps", "20", "--logging_steps", "1", "--report_to", "none", "--num_workers", "1", "--epochs", "2"]
 FLAGS += ["--warmup_epochs", "0.2", "--learning_rate", "1e-3"]
 BY_HAND = ROOT / "recipes/vit_tp_by_hand.py"
+# What a checkpoint says of vit.py or of this recipe, and not of the other.
+OF_ONE_RECIPE = "recipe,init,check,pretrained,min_crop_area,horizontal_flip,eval_crop_ratio,drop_path,compile,"
+OF_ONE_RECIPE += "activation_checkpointing"
 
 
 def test_pi_does_not_depend_on_the_number_of_processes():
@@ -54,16 +59,35 @@ def test_each_piece_by_hand_is_its_dense_layer(processes):
     assert all(float(value) <= 1e-5 for _, value in rows)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--tensor_parallel_size", "3"], "3"),
-        (["--checkpointing_steps", "5", "--tensor_parallel_size", "1"], "vit_tp.py"),
-    ],
-)
-def test_what_cannot_be_cut_by_hand_is_refused(tmp_path, flags, words):
-    process = python(BY_HAND, *flags, "--output_dir", tmp_path / "run")
+def test_what_is_saved_by_hand_goes_on_by_hand_and_under_other_strategies(runs, plain):
+    """On four processes to step 8, on two to step 14, without any to the end, in one folder each; and vit.py's own
+    checkpoint under this recipe."""
+    flags = [*FLAGS[2:], "--max_steps"]
+    by_hand, vit = {"recipe": BY_HAND, "config_file": "local_tp.yaml"}, {"recipe": ROOT / "recipes/vit.py"}
+    wide = ["--tensor_parallel_size", "4"]
+    train(runs / "moved", *flags, "8", *wide, "--async_checkpoint", **by_hand, num_processes=4)
+    second = train(runs / "moved", *flags, "14", **by_hand, num_processes=2)
+    assert "resumed at step 8" in second.text
+    losses = second.series("loss")
+    np.testing.assert_allclose(losses, plain.series("loss")[:14], rtol=1e-5)
+    path = checkpoints(second.folder / "checkpoints")[-1]
+
+    def moved(path, folder, **launch):
+        onward = ["--resume_from_checkpoint", str(path), "--resume_override", OF_ONE_RECIPE]
+        return train(runs / folder, *flags, "20", *onward, **launch)
+
+    assert set(read_weights(path)) == set(read_weights(checkpoints(plain.folder / "checkpoints")[-1]))
+    last = moved(path, "moved-to-vit", **vit)
+    np.testing.assert_allclose(last.series("loss"), plain.series("loss")[14:], rtol=1e-4)
+    first = train(runs / "moved-from-vit", *flags, "6", **vit)
+    path = checkpoints(first.folder / "checkpoints")[-1]
+    last = moved(path, "moved-by-hand", **by_hand, num_processes=2)
+    np.testing.assert_allclose(last.series("loss"), plain.series("loss")[6:], rtol=1e-4)
+
+
+def test_what_cannot_be_cut_by_hand_is_refused(tmp_path):
+    process = python(BY_HAND, "--tensor_parallel_size", "3", "--output_dir", tmp_path / "run")
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1
-    assert words in error
+    assert "--tensor_parallel_size 3" in error
     assert not (tmp_path / "run").exists()

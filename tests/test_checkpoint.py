@@ -3,7 +3,6 @@
 
 import errno
 import io
-import json
 import math
 import os
 import signal
@@ -18,7 +17,7 @@ import torch
 from conftest import ROOT  # noqa: F401  makes `import shared` work
 from torch import Tensor, nn
 
-from shared import checkpoint, interruption, tensor_files, tracking
+from shared import checkpoint, interruption, run_folder, tensor_files, tracking
 from shared.checkpoint import Checkpoints, SaveError, checkpoint_to_resume, checkpoints, damage, load_checkpoint
 from shared.config import UserError
 
@@ -259,36 +258,34 @@ def test_a_signal_counts_where_nobody_reads_the_output(tmp_path, monkeypatch):
 def bare_run(folder: Path) -> tracking.Run:
     """A Run's files without a run."""
     run = object.__new__(tracking.Run)
-    run.folder, run.accelerator, run.warned, run.unwritten, run.metrics_bytes = folder, ALONE, set(), [], 0
+    run.folder, run.accelerator, run.warned = folder, ALONE, set()
     run.losses, run.samples, run.skipped, run.backward_follows, run.step = [], [], False, True, 0
     return run
 
 
 def test_lines_that_found_no_room_stand_once_when_there_is_some(tmp_path, monkeypatch):
-    run = bare_run(tmp_path)
-    run._drop_lines_after(0)
+    run, metrics = bare_run(tmp_path), run_folder.MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.drop_after(0)
     room = [1000, 3, 0, 1000]  # bytes that each write finds
 
     class Small(io.FileIO):
         def write(self, data):
             return super().write(data[: room.pop(0)])
 
-    monkeypatch.setattr(tracking, "open", lambda path, mode, buffering: Small(path, mode), raising=False)
+    monkeypatch.setattr(run_folder, "open", lambda path, mode, buffering: Small(path, mode), raising=False)
     for step in range(1, 5):
-        run.unwritten.append(json.dumps({"step": step}) + "\n")
         with run._bearing("metrics.jsonl"):
-            run._write_lines()
+            metrics.append({"step": step})
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 5))
-    assert not run.unwritten
+    assert not metrics.unwritten
 
 
 def test_files_that_a_loss_of_power_emptied_are_as_if_absent(tmp_path):
     for content in (b"", b"\0\0\0", b'{"status": "fin', b"[1]", b"\xff\xfe"):
         (tmp_path / "summary.json").write_bytes(content)
-        assert tracking._read_json(tmp_path / "summary.json") == {}
+        assert run_folder.read_json(tmp_path / "summary.json") == {}
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n7\n{"step": 2}\n{"step": 3')
-    run = bare_run(tmp_path)
-    run._drop_lines_after(2)
+    run_folder.MetricsFile(tmp_path / "metrics.jsonl").drop_after(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -297,7 +294,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, mo
     monkeypatch.setattr(tensor_files.os, "fsync", lambda descriptor: calls.append("fsync"))
     replace = os.replace
     monkeypatch.setattr(tensor_files.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
-    tracking._write_json(tmp_path / "config.json", {"a": 1})
+    run_folder.write_json(tmp_path / "config.json", {"a": 1})
     assert calls == ["fsync", "replace"]
 
 

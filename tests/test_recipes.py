@@ -143,7 +143,7 @@ def bound(requirement: str) -> Version:
 
 def test_shared_stays_small_and_imports_no_recipe():
     sources = {path: path.read_text() for path in (ROOT / "shared").rglob("*.py")}
-    assert sum(len(source.splitlines()) for source in sources.values()) < 4000
+    assert sum(len(source.splitlines()) for source in sources.values()) < 4100
     for path, source in sources.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -188,6 +188,15 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_is_exported(run, single
     torch.testing.assert_close(dict(written), weights(first), rtol=0, atol=0)
 
 
+def test_from_four_processes_to_eight_and_back(run, single, tmp_path):
+    for steps, topology, processes in ((4, "ddp", 4), (8, "fsdp", 8), (12, "ddp", 4)):
+        result = run(tmp_path / "run", "vit", topology, processes, [], steps=steps)
+        assert result.summary["world_size"] == processes
+    assert "resumed at step 8" in result.text
+    np.testing.assert_allclose(result.series("loss"), single.series("loss")[:12], rtol=1e-5)
+    assert result.series("samples_digest") == single.series("samples_digest")[:12]
+
+
 # bf16: weights in fp32, products in bf16 (8 bits of mantissa: 4e-3), under policies that round in other places
 
 HALF = {

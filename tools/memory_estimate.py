@@ -3,6 +3,7 @@
 what a forward saves for its backward, by a forward of tensors without memory under autocast, as ddp has it. (What fsdp
 and ZeRO cast by themselves takes a little less.)"""
 
+import itertools
 import math
 from typing import NamedTuple
 from unittest import mock
@@ -40,7 +41,11 @@ def held(
     if kind.startswith("zero"):
         level, share = int(kind[-1]), whole / ranks
         # DeepSpeed keeps a copy of the weights in fp32, in fp32 training too.
-        weights, gradients = share if level == 3 else whole, whole if level == 1 and accumulates else share
+        weights = share if level == 3 else whole
+        if level == 3:
+            gradients = share
+        else:
+            gradients = whole if level == 1 and accumulates else zero_gradients(shapes, ranks, rank)
         return by_kind(weight_bytes * weights, weight_bytes * gradients, (4 + state_bytes) * share)
     shards = ranks // tensor // stages // replicas if kind in ("fsdp", "hsdp") else 1
     index, padded, mine = rank // tensor % shards, 0, 0
@@ -50,6 +55,24 @@ def held(
         padded += most * math.prod(row)
         mine += min(max(rows - index * most, 0), most) * math.prod(row)
     return by_kind(4 * padded, 4 * padded, state_bytes * mine)
+
+
+def zero_gradients(shapes: dict, ranks: int, rank: int) -> int:
+    """Elements of the gradients that a rank of DeepSpeed's stages 1 and 2 holds: the parameters of a group lie one
+    after the other, in equal parts; of a weight on the border of two, both ranks keep the gradient whole."""
+    held = 0
+    for decays in (True, False):  # the two groups of shared/optim.py
+        sizes = [math.prod(shape) for name, shape in shapes.items() if decays == decayed(name, shape)]
+        ends, part = list(itertools.accumulate(sizes)), -(-sum(sizes) // (2 * ranks)) * 2
+        for size, end in zip(sizes, ends, strict=True):
+            if end > rank * part and end - size < (rank + 1) * part:
+                held += size
+    return held
+
+
+def decayed(name: str, shape: torch.Size) -> bool:
+    """Whether the recipes' build_optimizer gives a weight of a ViT weight decay."""
+    return len(shape) > 1 and not name.endswith(("cls_token", "position_embeddings"))
 
 
 def tensor_shard(name: str, shape: torch.Size, size: int) -> tuple[int, ...]:

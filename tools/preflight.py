@@ -796,12 +796,13 @@ def memory_of(plan: Plan, task: Task):
     if getattr(config, "pipeline_schedule", "") == "1f1b":
         how["waiting"] = min(1, stages / config.pipeline_chunks)
     waits = {"parameters": "param", "gradients": "optimizer", "optimizer": "optimizer"}  # in the host's memory
-    firsts = range(0, plan.world_size, plan.world_size // stages)
+    # One of each stage; of ZeRO's ranks, which differ by the weights on their borders, the one that holds most.
+    some = range(0, plan.world_size, 1 if kind in ("zero1", "zero2") else plan.world_size // stages)
 
     def totals(factor: int, recompute: bool) -> dict[str, float]:
         more = factor * config.gradient_accumulation_steps > 1
         split = {"tensor": tensor, "stages": stages, "accumulates": more, **held}
-        ranks = [estimate.held(kind, shapes, plan.world_size, rank, **split) for rank in firsts]
+        ranks = [estimate.held(kind, shapes, plan.world_size, rank, **split) for rank in some]
         kept = max(ranks, key=lambda each: sum(each.values()))
         kept |= {name: 0 for name, what in waits.items() if yaml.get(f"offload_{what}_device") == "cpu"}
         images = plan.images(task) // factor

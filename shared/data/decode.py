@@ -2,15 +2,12 @@
 """Encoded image and crop in, pixels of the network's size out; as little as possible is decoded, moved or allocated.
 
 JPEGs go through libjpeg-turbo, which decodes the rows and columns of the crop alone and stops below it: by crop_jpeg.c
-where it can be compiled, which also resizes, else by nvImageCodec where it is installed (on the CPU, whatever its name
-says). Where neither can, simplejpeg decodes the whole image. All else goes through PIL, which reads JPEGs too where
-all are missing, more slowly. The pixels are the same: all four use that library.
+where it can be compiled, which also resizes; else simplejpeg decodes the whole image. All else goes through PIL, which
+reads JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library.
 """
 
 import contextlib
-import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import NamedTuple
@@ -26,16 +23,11 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
-try:
-    from nvidia import nvimgcodec
-except ImportError:
-    nvimgcodec = None
 native = load()  # here, so that worker processes are forked with it
 
 END_OF_IMAGE = b"\xff\xd9"
 # A marker that has no place in compressed data: something else was written over a part of the file.
 STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
-_decoders: dict = {}
 MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
 
 
@@ -116,27 +108,12 @@ def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | N
 def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
     """The decoded image, scaled where the crop allows it, and the crop in it."""
     crop, scale = scaled(view(width, height, seed), size, width, height)
-    if scale == 1 and nvimgcodec and (pixels := _decode_region(image, crop)) is not None:
-        return pixels, Crop(0, 0, pixels.shape[1], pixels.shape[0], crop.mirrored)
     limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
     try:
         pixels = simplejpeg.decode_jpeg(image, "RGB", **limits)
     except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
         return _decode_any(image), crop
     return pixels, Crop(*(-(-edge // scale) for edge in crop[:4]), crop.mirrored)
-
-
-def _decode_region(image: bytes, crop: Crop) -> np.ndarray | None:
-    """The crop's pixels alone; None where they cannot be had so, or where the image is cut off, perhaps below them."""
-    if not intact(image):
-        return None
-    decoder = _decoders.get(key := (os.getpid(), threading.get_ident()))
-    if decoder is None:  # one for each thread of each process: a fork would share its parent's
-        cpu, backend = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
-        decoder = _decoders[key] = nvimgcodec.Decoder(cpu, max_num_cpu_threads=1, backends=[backend])
-    region = nvimgcodec.Region(crop.top, crop.left, crop.bottom, crop.right)
-    pixels = decoder.decode(nvimgcodec.CodeStream(image).get_sub_code_stream(region=region))
-    return None if pixels is None else np.asarray(pixels)
 
 
 def intact(image: bytes) -> bool:

@@ -5,8 +5,10 @@ The loaders are already this process's own: they must not go through `accelerato
 """
 
 import atexit
+import contextlib
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -32,7 +34,9 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
-_slots: deque[Tensor | None] = deque()
+_slots: deque[Tensor | None] = deque()  # of a worker
+_sent: set[int] = set()  # addresses of those that its parent has mapped
+_mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
 TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
 
@@ -52,11 +56,14 @@ class Batch(NamedTuple):
 
 
 class _Whole(Batch):
-    """A batch in one piece of memory, as which it comes from a worker: each tensor more would cost 0.5 ms."""
+    """A batch in one piece of memory, as which it comes from a worker: each tensor by itself would cost 0.5 ms."""
 
     def __reduce__(self):
         memory = torch.empty(0, dtype=torch.uint8).set_(self.images.untyped_storage())
-        return _received, (memory, len(self.images), self.digest, self.torn)
+        place, known = (os.getpid(), memory.data_ptr()), memory.data_ptr() in _sent
+        if _slots:
+            _sent.add(memory.data_ptr())
+        return _received, (place, None if known else memory, len(self.images), self.digest, self.torn)
 
 
 SMALL = 3 * 8 + 2  # bytes of a sample's five numbers
@@ -71,9 +78,24 @@ def _whole(small: Tensor, images: Tensor, rows: int, digest: int = 0, torn: tupl
     return _Whole(images.view(rows, size, size, 3), labels, valid, seeds, mirrored, digest, torn, indices=indices)
 
 
-def _received(memory: Tensor, rows: int, digest: int, torn: tuple[str, ...]) -> _Whole:
+def _received(place: tuple[int, int], memory: Tensor | None, rows: int, digest: int, torn: tuple[str, ...]) -> _Whole:
+    """Memory that a worker has sent once is mapped here for good: that takes longer than all the rest."""
+    if memory is None:
+        memory = _mapped[place]
+    else:
+        for other in list(_mapped):  # by threads of several loaders
+            if not _lives(other[0]):
+                _mapped.pop(other, None)
+        _mapped[place] = memory
     small = memory[: SMALL * rows].clone()  # the worker writes its memory again; images are copied by the Loader
     return _whole(small, memory[SMALL * rows :], rows, digest, torn)
+
+
+def _lives(process: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return True
+    return False
 
 
 class Candidate(NamedTuple):
@@ -157,6 +179,7 @@ def _memory(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
     _slots.rotate()
     if _slots[0] is None or len(_slots[0]) != size:
+        _sent.difference_update([] if _slots[0] is None else [_slots[0].data_ptr()])
         _slots[0] = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
     return _slots[0]
 
@@ -164,6 +187,7 @@ def _memory(size: int) -> Tensor:
 def _reuse_memory(slots: int, worker: int) -> None:
     """For a worker of a Loader, which has copied a batch before it asks for the next one: new shared memory for each
     would cost a page fault for every 4 KiB."""
+    _mapped.clear()  # the parent's
     _slots.extend([None] * slots)
     ignore_signals()
 

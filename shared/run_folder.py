@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a run's folder, of which one process writes and which may be cut off at any byte."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .config import UserError, say
+from .tensor_files import replace_text, to_disk
+
+LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
+PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
+LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "SLURM_", "NCCL_", "OMP_NUM_THREADS", "CUDA_VISIBLE_")
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def lock(folder: Path) -> FileLock:
+    """One run per folder; raises UserError where another one stays there."""
+    held = FileLock(folder / "lock")
+    with contextlib.suppress(Timeout):
+        held.acquire(timeout=0)
+        return held
+    holder = read_json(folder / "summary.json")
+    use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+    say(f"{use}; waiting {LOCK_SECONDS} s for it to end", sys.stderr)
+    try:
+        held.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"{use}. Stop it, or give another --output_dir.") from None
+    return held
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """At the start, when an error costs nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}. Give another --output_dir.") from error
+
+
+def read_json(path: Path) -> dict:
+    """Nothing where it is absent, or was torn by a loss of power: each start writes it anew."""
+    return _parse(path.read_text(errors="replace")) if path.exists() else {}
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Raises OSError, and leaves the former file whole."""
+    replace_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def _parse(text: str) -> dict:
+    """Nothing where a kill tore it."""
+    with contextlib.suppress(json.JSONDecodeError):
+        values = json.loads(text)
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, each once and in its place, whatever the disk has room for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.unwritten, self.bytes = [], 0  # lines that wait for room; size without them
+
+    def drop_after(self, step: int) -> list[dict]:
+        """What a resume makes anew, and a last line that was torn; returns the others."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        kept = [line for line in map(_parse, lines) if line.get("step", math.inf) <= step]
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.bytes = self.path.stat().st_size
+        return kept
+
+    def append(self, line: dict) -> None:
+        """Raises OSError where there is no room; the line is then written with the next one that finds some."""
+        self.unwritten.append(json.dumps(line) + "\n")
+        self.write()
+
+    def write(self) -> None:
+        data = "".join(self.unwritten).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            if file.tell() > self.bytes:
+                file.truncate(self.bytes)  # a part, of what did not fit
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.bytes, self.unwritten = self.bytes + len(data), []
+
+    def to_disk(self) -> None:
+        """Before a checkpoint that lies past these lines; raises OSError."""
+        self.write()
+        to_disk(self.path)
+
+
+# What config.json says of where a run was made
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def git_commit() -> str | None:
+    """Of the recipe."""
+    command = ["git", "-C", str(Path(sys.argv[0]).resolve().parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
+def launcher_variables() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(LAUNCHER_VARIABLES) or name in LAUNCHER_NAMES
+    }
