@@ -8,19 +8,29 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import UserError, say
+from .config import UserError, job_folder, say
 from .tensor_files import replace_text, to_disk
 
 LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
 LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "SLURM_", "NCCL_", "OMP_NUM_THREADS", "CUDA_VISIBLE_")
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def wait_for_preflight() -> None:
+    """Of a job by plain sbatch, which slurm/launch.sh makes meanwhile; raises UserError where it refuses the job."""
+    folder = job_folder()
+    while folder and (folder / "unchecked").exists():
+        time.sleep(0.1)
+    if folder and (folder / "refused").exists():
+        raise UserError("the preflight refuses this job. The end of the log says why.")
 
 
 def lock(folder: Path) -> FileLock:

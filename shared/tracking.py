@@ -37,7 +37,17 @@ from .checkpoint import (
 from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch
 from .interruption import Interruption
-from .run_folder import MetricsFile, git_commit, launcher_variables, lock, read_json, versions, write_json, writing
+from .run_folder import (
+    MetricsFile,
+    git_commit,
+    launcher_variables,
+    lock,
+    read_json,
+    versions,
+    wait_for_preflight,
+    write_json,
+    writing,
+)
 
 TRACED = 3  # training steps, and evaluation batches, in the trace of --profile
 
@@ -82,6 +92,7 @@ class Run:
 
     def _claim(self) -> tuple[Path | None, dict]:
         """Rank 0: lock the folder; return the checkpoint to resume from and the former summary."""
+        wait_for_preflight()
         with writing(self.folder):
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder)

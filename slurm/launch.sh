@@ -23,12 +23,13 @@ main() {
     command -v python >/dev/null || fail "no python. Activate your environment before sbatch, or see RECIPES_MODULES."
     read_words "$@"
     name_job
-    preflight
-    prepare_environment
     prepare_job_folder
+    begin_preflight
+    prepare_environment
     watch_time
     local status=0
     launch || status=$?
+    end_preflight
     conclude "$status"
 }
 
@@ -91,14 +92,35 @@ name_job() {
     [[ $per_node ]] || fail "Slurm gave no GPUs. Ask for them (--gres=gpu:4), or export RECIPES_PROCESSES_PER_NODE."
 }
 
-# submit.sh leaves the sum of what it has checked.
-preflight() {
-    local sum
+# submit.sh leaves the sum of what it has checked. Else the preflight runs while the processes start: rank 0 waits for it
+# before it writes anything (shared/run_folder.py).
+begin_preflight() {
+    local sum folder=$RECIPES_JOB_FOLDER
+    checker=
     sum=$(printf '%s\0' "$MACHINE" "$strategy" "$recipe" "${flags[@]}" | cksum)
     if [[ ${RECIPES_PREFLIGHT:-} == off || ${RECIPES_PREFLIGHT:-} == "$sum" || ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then
         return
     fi
-    python "$ROOT/tools/preflight.py" "$MACHINE" "$strategy" --in_job -- "$recipe" "${flags[@]}" || exit 1
+    touch "$folder/unchecked"
+    (
+        words=("$MACHINE" "$strategy" --in_job -- "$recipe" "${flags[@]}")
+        if python "$ROOT/tools/preflight.py" "${words[@]}" >"$folder/preflight" 2>&1; then
+            cat "$folder/preflight"
+        else
+            touch "$folder/refused"
+        fi
+        rm "$folder/unchecked"
+    ) &
+    checker=$!
+}
+
+# What it refuses is the last that the log says.
+end_preflight() {
+    if [[ $checker ]]; then wait_for "$checker"; fi
+    if [[ -e $RECIPES_JOB_FOLDER/refused ]]; then
+        cat "$RECIPES_JOB_FOLDER/preflight" >&2
+        exit 1
+    fi
 }
 
 prepare_environment() {
@@ -118,8 +140,8 @@ prepare_environment() {
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 }
 
-# What this shell and the processes of this start tell each other, on a file system that all nodes see: STOP, run_folder,
-# error-RANK.txt.
+# What this shell and the processes of this start tell each other, on a file system that all nodes see: unchecked and
+# refused, STOP, run_folder, error-RANK.txt.
 prepare_job_folder() {
     if [[ -d ${JOBSCRATCH:-} ]]; then
         export RECIPES_JOB_FOLDER=$JOBSCRATCH/recipes-$job

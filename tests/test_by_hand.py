@@ -27,17 +27,17 @@ def test_pi_does_not_depend_on_the_number_of_processes():
 
 
 @pytest.fixture(scope="module")
-def plain(runs):
-    return train(runs / "by-hand-reference", *FLAGS, recipe=ROOT / "recipes/vit.py")
+def plain(server, runs):
+    return train(runs / "by-hand-reference", *FLAGS, recipe=ROOT / "recipes/vit.py", server=server)
 
 
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [(2, []), (4, []), (4, ["--tensor_parallel_size", "4", "--gradient_accumulation_steps", "2"])],
 )
-def test_by_hand_the_losses_are_those_of_one_process(runs, plain, processes, flags):
+def test_by_hand_the_losses_are_those_of_one_process(server, runs, plain, processes, flags):
     folder = runs / f"by-hand-{processes}-{len(flags)}"
-    launch = {"num_processes": processes, "config_file": "local_tp.yaml"}
+    launch = {"num_processes": processes, "config_file": "local_tp.yaml", "server": server}
     result = train(folder, *FLAGS, *flags, recipe=BY_HAND, **launch)
     losses, reference = result.series("loss"), plain.series("loss")
     np.testing.assert_allclose(losses[:5], reference[:5], rtol=1e-5)
@@ -59,11 +59,12 @@ def test_each_piece_by_hand_is_its_dense_layer(processes):
     assert all(float(value) <= 1e-5 for _, value in rows)
 
 
-def test_what_is_saved_by_hand_goes_on_by_hand_and_under_other_strategies(runs, plain):
+def test_what_is_saved_by_hand_goes_on_by_hand_and_under_other_strategies(server, runs, plain):
     """On four processes to step 8, on two to step 14, without any to the end, in one folder each; and vit.py's own
     checkpoint under this recipe."""
     flags = [*FLAGS[2:], "--max_steps"]
-    by_hand, vit = {"recipe": BY_HAND, "config_file": "local_tp.yaml"}, {"recipe": ROOT / "recipes/vit.py"}
+    by_hand = {"recipe": BY_HAND, "config_file": "local_tp.yaml", "server": server}
+    vit = {"recipe": ROOT / "recipes/vit.py", "server": server}
     wide = ["--tensor_parallel_size", "4"]
     train(runs / "moved", *flags, "8", *wide, "--async_checkpoint", **by_hand, num_processes=4)
     second = train(runs / "moved", *flags, "14", **by_hand, num_processes=2)

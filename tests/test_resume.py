@@ -40,8 +40,8 @@ def flags(image_folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(runs, flags):
-    return train(runs / "uninterrupted", *flags)
+def uninterrupted(server, runs, flags):
+    return train(runs / "uninterrupted", *flags, server=server)
 
 
 @pytest.fixture(scope="module")
@@ -82,27 +82,27 @@ def curve(run: Result) -> list[tuple]:
     return [tuple(line.get(name) for name in names) for line in run.lines]
 
 
-def test_resume_at_an_epoch_end_is_bitwise_the_same(runs, flags, uninterrupted):
-    first = train(runs / "resumed", *flags, "--max_steps", "12")
+def test_resume_at_an_epoch_end_is_bitwise_the_same(server, runs, flags, uninterrupted):
+    first = train(runs / "resumed", *flags, "--max_steps", "12", server=server)
     before = first.summary
     assert before["stop_reason"] == "max_steps"
-    second = train(runs / "resumed", *flags, "--num_workers", "0", "--logging_steps", "1")
+    second = train(runs / "resumed", *flags, "--num_workers", "0", "--logging_steps", "1", server=server)
     assert "resumed at step 12 of 36" in second.text
     assert curve(second) == curve(uninterrupted)
     assert second.summary["stop_reason"] == "epochs"
     assert second.summary["seconds"] > before["seconds"]
 
 
-def test_resume_on_two_processes_is_the_same_to_rounding(runs, flags, uninterrupted):
+def test_resume_on_two_processes_is_the_same_to_rounding(server, runs, flags, uninterrupted):
     """From the last checkpoint but one, by its path, in a folder of its own."""
     checkpoint = uninterrupted.folder / "checkpoints/step-00000024"
-    second = train(runs / "wider", *flags, "--resume_from_checkpoint", str(checkpoint), num_processes=2)
+    second = train(runs / "wider", *flags, "--resume_from_checkpoint", str(checkpoint), num_processes=2, server=server)
     np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss")[24:], rtol=1e-5)
     assert second.series("samples_digest") == uninterrupted.series("samples_digest")[24:]
     assert second.summary["world_size"] == 2
 
 
-def test_workers_die_with_their_launcher_and_the_run_goes_on(runs, flags, uninterrupted):
+def test_workers_die_with_their_launcher_and_the_run_goes_on(server, runs, flags, uninterrupted):
     """SIGKILL of the launcher in mid-epoch, with numbered checkpoints; the next start drops what lay past the last."""
     folder = runs / "killed"
     command = [*launch_command(num_processes=2), "recipes/resnet.py", "--output_dir", str(folder), *flags]
@@ -116,7 +116,7 @@ def test_workers_die_with_their_launcher_and_the_run_goes_on(runs, flags, uninte
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "loss": 0.1}\n{"step": 18, "lo')  # past the checkpoint, and torn
-    second = train(folder, *flags, num_processes=2)
+    second = train(folder, *flags, num_processes=2, server=server)
     assert int(re.search(r"resumed at step (\d+) of 36", second.text)[1]) >= 5
     assert [line["step"] for line in second.lines if "loss" in line] == list(range(1, 37))
     assert second.series("samples_digest") == uninterrupted.series("samples_digest")

@@ -401,7 +401,13 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
     refused = cluster.sbatch(*words, *jobs.flags("no"), "--lr", "1", cwd=tmp_path, RECIPES_SETUP="setup.sh")
     refused.wait_until("FAILED")
     assert refused.log.splitlines()[-1].startswith("error: unknown flag --lr.")
-    assert "srun" not in refused.log
+    assert not jobs.result("no").folder.exists()
+    # What the recipe itself would not refuse: rank 0 waits for the preflight, which takes as long as it does.
+    cached = {"RECIPES_SETUP": "setup.sh", "WORK": places["WORK"], "HF_HOME": str(Path.home() / "hugging")}
+    refused = cluster.sbatch(*words, *jobs.flags("no"), *batch, cwd=tmp_path, **{k: str(v) for k, v in cached.items()})
+    refused.wait_until("FAILED")
+    assert re.match(r"error: HF_HOME.* lie in \$HOME", refused.log.splitlines()[-1]), refused.log
+    assert "error: the preflight refuses this job." in refused.log
     assert not jobs.result("no").folder.exists()
 
 
