@@ -637,7 +637,7 @@ def cut(plan: Plan, task: Task) -> Iterator[str]:
     if hasattr(recipe, "check_sizes"):
         recipe.check_sizes(task.config)
     elif hasattr(recipe, "refuse"):
-        recipe.refuse(task.run_config, task.config, network(plan, task).config)
+        recipe.refuse(task.config, network(plan, task).config)
     elif hasattr(task.config, "pretrained"):
         vit.network_sizes(task.config)
     blocks = vit.network_sizes(task.config)[0] if pipeline > 1 else 0
