@@ -306,7 +306,7 @@ def test_the_lock_pins_every_dependency_without_an_address():
 
 
 def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
-    process = python("tools/smoke.py")
+    process = python("tools/smoke.py", timeout=580)
     assert process.returncode == 0, process.stdout + process.stderr
     rows = process.stdout.splitlines()[1:]
     assert [row.split()[:2] for row in rows] == [[path.stem, "pass"] for path in RECIPES]
