@@ -190,12 +190,13 @@ launch() {
     wait_for "$step"
 }
 
-# From one of the job's own on, the first that nobody uses on this node, the first of the job.
+# One of the job's own or, where somebody uses that on this node, the first of the job, the next that no neighbour begins
+# with: jobs with the next numbers start in this moment.
 free_port() {
     python -S - "$((10000 + SLURM_JOB_ID % 20000))" <<'PYTHON'
 import socket, sys
 
-for port in range(int(sys.argv[1]), 65536):
+for port in range(int(sys.argv[1]), 65536, 101):
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -175,7 +175,7 @@ def test_ranks_follow_the_nodes(topologies, nodes):
 
 def test_taken_port_is_passed_over(topologies):
     launcher = topologies.jobs.result("2 nodes").config["launcher"]
-    assert launcher["MASTER_PORT"] == str(topologies.port + 1)
+    assert launcher["MASTER_PORT"] == str(topologies.port + 101)
 
 
 def test_hsdp_shards_inside_a_node(jobs, local):
