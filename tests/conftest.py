@@ -51,11 +51,12 @@ class Result:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what a launcher or pytest may have left in it.
+    """This process's, without what a launcher, pytest or torch.compile may have left in it.
 
     Threads that wait let others run: several processes on few cores are five times as fast so.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PYTHONPATH", "OMP_", "WANDB_"))}
+    left = ("ACCELERATE_", "PYTHONPATH", "OMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
     return {**kept, "WANDB_SILENT": "true", "OMP_WAIT_POLICY": "passive", **more}
 
 

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +113,7 @@ def jobs(cluster, tmp_path) -> Jobs:
 
 
 @pytest.fixture(scope="module")
-def limited(cluster, tmp_path_factory) -> SimpleNamespace:
+def limited(cluster, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """A run that waits at step 3 for the real limit of a minute, on a node of its own, while other tests run."""
     jobs = Jobs(cluster, tmp_path_factory.mktemp("limited"))
     pause = jobs.stop_at(3)
@@ -121,15 +121,18 @@ def limited(cluster, tmp_path_factory) -> SimpleNamespace:
     options = ["--account=project@v100", "--time=1", "--signal=B:CONT@1"]  # no other signal before
     job = jobs.submit("limited", *options, machine="v100", SLURM_JOB_END_TIME=end)
 
-    def end_the_pause() -> None:
-        """Within KillWait, whichever test runs then."""
+    def end_the_pause() -> str:
+        """Within KillWait, whichever test runs then; the run's status when it waits for its next start."""
         log = jobs.folder / f"recipes-{job.number}.log"
         wait_for(lambda: log.exists() and "DUE TO TIME LIMIT" in log.read_text(), "the limit")
         time.sleep(1)
         pause.unlink()
+        job.wait_requeued(1)
+        job.cluster.output("scancel", str(job.number))
+        return jobs.result("limited").summary["status"]
 
-    threading.Thread(target=end_the_pause, daemon=True).start()
-    return SimpleNamespace(jobs=jobs, job=job)
+    with ThreadPoolExecutor(1) as pool:
+        yield SimpleNamespace(job=job, status=pool.submit(end_the_pause))
 
 
 @pytest.fixture(scope="module")
@@ -413,10 +416,8 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
 
 def test_requeued_at_the_real_limit(limited):
     """Slurm's SIGTERM: the run saves within KillWait, and the job is requeued."""
-    limited.job.wait_requeued(1)
+    assert limited.status.result() == "interrupted"
     assert "interrupted (the time limit); requeued for restart 1" in limited.job.log
-    assert limited.jobs.result("limited").summary["status"] == "interrupted"
-    limited.job.cluster.output("scancel", str(limited.job.number))
 
 
 @pytest.mark.parametrize(
