@@ -464,7 +464,7 @@ def two_over_one(args: argparse.Namespace) -> dict:
         rates = []
         for case, batches in zip(cases, streams, strict=True):
             fill_queues(case, batches)  # again: what lies there was made in the other's turn
-            rates.append(counted(lambda: len(next(batches).labels), args.seconds / 2)["images_per_second"])  # noqa: B023
+            rates.append(counted(partial(load_one, batches), args.seconds / 2)["images_per_second"])
         ratios.append(rates[1] / rates[0])
     return {"two_workers_over_one": median_and_spread(ratios)}
 
@@ -487,7 +487,7 @@ def as_a_recipe(case: dict) -> bool:
 def measure_with(case: dict, args: argparse.Namespace) -> dict:
     batches = endless(case, args)
     fill_queues(case, batches)
-    return counted(lambda: len(next(batches).labels), args.seconds)
+    return counted(partial(load_one, batches), args.seconds)
 
 
 def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
@@ -495,6 +495,10 @@ def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
     views = training_views(args, "tar", times=100)
     loader = Loader(views, DEVICE, case["num_workers"], read=partial(read_with, **case))
     return chain.from_iterable(repeat(loader if ON_GPU else loader.batches))
+
+
+def load_one(batches: Iterator[Batch]) -> int:
+    return len(next(batches).labels)
 
 
 def fill_queues(case: dict, batches: Iterator[Batch]) -> None:
