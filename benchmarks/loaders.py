@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, repeat
@@ -54,7 +55,7 @@ from shared.data.streams import read_streams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-PAIRS = 20  # of one worker and two
+PAIRS = 40  # of one worker and two
 EPOCHS = 20  # over which a worker's memory is looked at
 Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
 STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
@@ -453,20 +454,29 @@ def sweep_options(args: argparse.Namespace) -> list[dict]:
 
 
 def two_over_one(args: argparse.Namespace) -> dict:
-    """How much two workers bring over one, by turns of seconds, since a shared machine's speed changes by the minute;
-    nothing where there is one core."""
+    """How much two workers bring over one, and two processes that only decode, which is what this machine has to give;
+    by turns of seconds, since a shared one's speed changes by the minute. Nothing where there is one core."""
     if cores() < 2:
         return {}
-    print("one worker and two, by turns", file=sys.stderr)
+    print("one worker and two, by turns with one decoder and two", file=sys.stderr)
     cases = [{"num_workers": workers, "prefetch_factor": PREFETCH, "pin_memory": ON_GPU} for workers in (1, 2)]
-    streams, ratios = [endless(case, args) for case in cases], []
-    for _ in range(PAIRS):
-        rates = []
-        for case, batches in zip(cases, streams, strict=True):
-            fill_queues(case, batches)  # again: what lies there was made in the other's turn
-            rates.append(counted(partial(load_one, batches), args.seconds / 2)["images_per_second"])
-        ratios.append(rates[1] / rates[0])
-    return {"two_workers_over_one": median_and_spread(ratios)}
+    ratios = {"two_workers_over_one": [], "two_decoders_over_one": []}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        streams = [endless(case, args) for case in cases]
+        for _ in range(PAIRS):
+            loaded, decoders = [], [sum(pool.map(decoded, [args] * number)) for number in (1, 2)]
+            for case, batches in zip(cases, streams, strict=True):
+                fill_queues(case, batches)  # again: what lies there was made in the other's turn
+                loaded.append(counted(partial(load_one, batches), args.seconds / 2)["images_per_second"])
+            for (one, two), seen in zip((loaded, decoders), ratios.values(), strict=True):
+                seen.append(two / one)
+    return {name: median_and_spread(seen) for name, seen in ratios.items()}
+
+
+def decoded(args: argparse.Namespace) -> float:
+    """Images a second of decoding alone."""
+    images = chain.from_iterable(iter(decode_only(args), None))  # epoch after epoch
+    return counted(partial(next, images), args.seconds / 2)["images_per_second"]
 
 
 def sweep_cases(most: int) -> list[dict]:
