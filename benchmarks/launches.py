@@ -35,12 +35,13 @@ MIB = 2**20
 
 
 class Strategy(NamedTuple):
-    """The recipe, the YAML of its launch, real ranks, and the recipe's sizes for a number of ranks."""
+    """The recipe, the YAML of its launch, real ranks, the recipe's sizes for a number of ranks, the launch's flags."""
 
     recipe: str
     config: str
     ranks: tuple[int, ...]
     sizes: Callable[[int], dict] = lambda ranks: {}
+    flags: tuple[str, ...] = ()
 
 
 STRATEGIES = {
@@ -161,7 +162,7 @@ def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
     config = str(ROOT / "accelerate_configs" / f"local_{strategy.config}.yaml")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        command += ["--num_processes", str(ranks), sys.argv[0], *flags, "--worker", folder]
+        command += ["--num_processes", str(ranks), *strategy.flags, sys.argv[0], *flags, "--worker", folder]
         result = subprocess.run(command, capture_output=True, text=True, timeout=600)
         files = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         if not all(file.exists() for file in files):

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 import launches
 import torch
-from launches import BATCH, CLASSES, MIB, REPLICAS, SIDES, STRATEGIES, image_of, shapes_of, tensor_of
+from launches import BATCH, CLASSES, MIB, REPLICAS, SIDES, image_of, shapes_of, tensor_of
 from memory_estimate import KINDS, by_kind, held
 from report import ROOT, table, write
 from torch import Tensor
@@ -44,6 +44,12 @@ from shared.accelerator import MESH
 from shared.vit import SIZES
 
 GIB = 2**30
+STRATEGIES = launches.STRATEGIES | {"zero3_offload": launches.STRATEGIES["zero3"]._replace(config="zero3_offload")}
+STRATEGIES |= {
+    f"{name}_bf16": each._replace(ranks=(2,), flags=("--mixed_precision", "bf16"))
+    for name, each in STRATEGIES.items()
+    if 2 in each.ranks
+}
 FAKE_RANKS = (8, 64, 256, 1024)
 RANKS = {"S": (1, 2, 4), "B": (1, 2, 4, *FAKE_RANKS), "L": FAKE_RANKS, "G": FAKE_RANKS}  # those measured by default
 WHY = {
@@ -57,8 +63,10 @@ WHY = {
 
 def formula(strategy: str, shapes: dict, ranks: int, rank: int, sizes: dict) -> dict[str, float]:
     """Bytes of parameters, gradients and optimizer state on this rank; zero1 as in its paper."""
-    kind = {"tp": "ddp", "pp": "ddp", "tp_fsdp": "fsdp"}.get(strategy, strategy)
-    split = {"tensor": sizes.get("tensor_parallel_size", 1), "stages": ranks if strategy == "pp" else 1}
+    half, strategy = strategy.endswith("_bf16"), strategy.removesuffix("_bf16")
+    kind = {"tp": "ddp", "pp": "ddp", "tp_fsdp": "fsdp", "zero3_offload": "zero3"}.get(strategy, strategy)
+    split = {"weight_bytes": 2 if half and kind.startswith("zero") else 4, "offloads": strategy == "zero3_offload"}
+    split |= {"tensor": sizes.get("tensor_parallel_size", 1), "stages": ranks if strategy == "pp" else 1}
     return held(kind, shapes, ranks, rank, **split, replicas=REPLICAS if kind == "hsdp" else 1, accumulates=True)
 
 
@@ -84,6 +92,7 @@ def count(model, optimizer) -> dict[str, int]:
         optimizer = optimizer.optimizer
         for parts in (getattr(optimizer, "averaged_gradients", None) or {}).values():
             gradients |= storages(parts)
+        gradients |= storages(each.grad for each in getattr(optimizer, "fp32_partitioned_groups_flat", ()))
         gradients |= storages([getattr(optimizer, "grad_partitions_flat_buffer", None)])
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             state |= storages(getattr(optimizer, name, ()))

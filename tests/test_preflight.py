@@ -654,7 +654,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks(networks):
     assert less["activations"] == 64 * (saved.ends + 12 * saved.entry + saved.block) + saved.copies
 
 
-def test_the_verdict_and_its_remedies(run):
+def test_the_verdict_and_its_remedies(run, monkeypatch):
     words = ["--image_size", "224", "--patch_size", "14", "--model", "G", "--global_batch_size", "1024"]
     job = run("h100", "fsdp", "--memory", *sound("h100", "fsdp", "vit", *words)[2:])
     (line,) = job.errors
@@ -672,6 +672,12 @@ def test_the_verdict_and_its_remedies(run):
     assert "6.9 parameters + 6.9 gradients + 13.7 optimizer" in job.errors[0]
     offload = run("v100", "zero3_offload", "--memory", *sound("v100", "zero3_offload", "vit", *words, nodes=128)[2:])
     assert "0.0 parameters + 0.0 gradients + 0.0 optimizer" in "".join([offload.out, *offload.errors])
+    # In fp16: weights and gradients 2 bytes each, Adam 12, and the gradients in fp32 again; of 128 nodes.
+    assert f"offloaded, estimated: {1.843e9 * 20 / 128 / 2**30:.1f} GiB of 149.0 that" in offload.out
+    one = sound("v100", "zero3_offload", "vit", *words[:-1], "64", nodes=1)[2:]
+    monkeypatch.setenv("RECIPES_LAUNCH_FLAGS", "--mixed_precision no")
+    job = run("v100", "zero3_offload", "--memory", "--gres=gpu:1", *one)
+    assert "What is offloaded takes 41.2 GiB of 37.3 that the job has there, beside loaders. Give " in job.errors[0]
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,14 @@ def by_kind(*figures) -> dict:
 
 def held(
     kind: str, shapes: dict, ranks: int, rank: int, tensor=1, stages=1, replicas=1, weight_bytes=4, state_bytes=8,
-    accumulates=False,
+    accumulates=False, offloads=False,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes of parameters, gradients and optimizer state on this rank.
 
     kind: ddp, fsdp, hsdp or zero1 to zero3, of what is left of the shapes by `tensor` and `stages`. weight_bytes: 2
     under ZeRO in half precision. state_bytes a parameter: 8 for Adam, 4 for momentum. accumulates: several backward
-    passes a step; until the last, zero1 keeps the gradients of all ranks, as in its paper.
+    passes a step; until the last, zero1 keeps the gradients of all ranks, as in its paper. offloads: ZeRO's optimizer
+    waits in the host's memory, with the gradients once more, in fp32.
     """
     if stages > 1:
         stage = rank * stages // ranks
@@ -46,7 +47,8 @@ def held(
             gradients = share
         else:
             gradients = whole if level == 1 and accumulates else zero_gradients(shapes, ranks, rank)
-        return by_kind(weight_bytes * weights, weight_bytes * gradients, (4 + state_bytes) * share)
+        again = 4 * share if offloads else 0
+        return by_kind(weight_bytes * weights, weight_bytes * gradients + again, (4 + state_bytes) * share)
     shards = ranks // tensor // stages // replicas if kind in ("fsdp", "hsdp") else 1
     index, padded, mine = rank // tensor % shards, 0, 0
     for rows, *row in local:

@@ -50,24 +50,26 @@ SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the reci
 
 
 class Machine(NamedTuple):
-    """GPUs of a node, the precisions that they have, GB of a GPU, hours of the longest job, what follows the @ of an
-    account, the sbatch option that selects the nodes, and how the names of its QoS begin."""
+    """GPUs of a node, the precisions that they have, GB of a GPU, GB of a node's own that jobs may use, hours of the
+    longest job, what follows the @ of an account, the sbatch option that selects the nodes, and how the names of its
+    QoS begin."""
 
     gpus: int
     precisions: tuple[str, ...]
     memory: int
+    host: int
     hours: int
     account: str
     select: tuple[str, str]
     qos: str
 
 
-# IDRIS's documentation of Jean Zay. v100 has nodes of 32 GB too: -C v100-32g.
+# IDRIS's documentation of Jean Zay. v100 has nodes of 32 GB too: -C v100-32g; v100x8 of 720 GB: gpu_p2l.
 MACHINES = {
-    "v100": Machine(4, ("no", "fp16"), 16, 100, "v100", ("", ""), "qos_gpu-"),
-    "v100x8": Machine(8, ("no", "fp16"), 32, 100, "v100", ("partition", "gpu_p2"), "qos_gpu-"),
-    "a100": Machine(8, ("no", "fp16", "bf16"), 80, 20, "a100", ("constraint", "a100"), "qos_gpu_a100-"),
-    "h100": Machine(4, ("no", "fp16", "bf16", "fp8"), 80, 100, "h100", ("constraint", "h100"), "qos_gpu_h100-"),
+    "v100": Machine(4, ("no", "fp16"), 16, 160, 100, "v100", ("", ""), "qos_gpu-"),
+    "v100x8": Machine(8, ("no", "fp16"), 32, 360, 100, "v100", ("partition", "gpu_p2"), "qos_gpu-"),
+    "a100": Machine(8, ("no", "fp16", "bf16"), 80, 468, 20, "a100", ("constraint", "a100"), "qos_gpu_a100-"),
+    "h100": Machine(4, ("no", "fp16", "bf16", "fp8"), 80, 468, 100, "h100", ("constraint", "h100"), "qos_gpu_h100-"),
 }
 # Hours and GPUs of a job. From users' repositories, where they stand for V100 and are taken for the others; a100 has
 # no t4.
@@ -725,10 +727,14 @@ def memory(plan: Plan) -> Iterator[str]:
     # CUDA and NCCL take one.
     room = (0.98 * plan.gigabytes - 1) * giga
     parts = totals(1, recompute)
-    most = parts.pop("total")
+    most, host = parts.pop("total"), parts.pop("host") * plan.gpus[0] / giga  # of what is offloaded
+    share = plan.gpus[0] / plan.facts.gpus * plan.facts.host * 10**9 / giga
     line = " + ".join(f"{value / giga:.1f} {name}" for name, value in parts.items())
     line = f"{line}: at most {most / giga:.1f} GiB at once of {room / giga:.1f}"
     plan.notes.append(f"Memory of a GPU, estimated: {line}.")
+    if host:
+        line_of_host = f"{host:.1f} GiB of {share:.1f} that the job has there"
+        plan.notes.append(f"Memory of a node for what is offloaded, estimated: {line_of_host}.")
     choices = [(recompute, "")]
     if hasattr(config, "activation_checkpointing") and not recompute:
         choices.append((True, "--activation_checkpointing "))
@@ -741,6 +747,8 @@ def memory(plan: Plan) -> Iterator[str]:
         if factor:
             flag += f"--gradient_accumulation_steps {steps * factor} " * (factor > 1)
             remedies.append(f"{flag}({totals(factor, again)['total'] / giga:.1f} GiB)")
+    if host > share:
+        yield f"What is offloaded takes {line_of_host}, beside loaders. Give more nodes, or a strategy without offload."
     if most > room:
         yield f"{line}. Give {' or '.join(remedies) or 'more GPUs, or a strategy that shards more: see the parts'}."
 
@@ -796,6 +804,9 @@ def memory_of(plan: Plan, task: Task):
     if getattr(config, "pipeline_schedule", "") == "1f1b":
         how["waiting"] = min(1, stages / config.pipeline_chunks)
     waits = {"parameters": "param", "gradients": "optimizer", "optimizer": "optimizer"}  # in the host's memory
+    waits = {name for name, what in waits.items() if yaml.get(f"offload_{what}_device") == "cpu"}
+    waits |= set(estimate.KINDS) if yaml.get("fsdp_offload_params") else set()
+    held["offloads"] = "optimizer" in waits
     # One of each stage; of ZeRO's ranks, which differ by the weights on their borders, the one that holds most.
     some = range(0, plan.world_size, 1 if kind in ("zero1", "zero2") else plan.world_size // stages)
 
@@ -804,10 +815,11 @@ def memory_of(plan: Plan, task: Task):
         split = {"tensor": tensor, "stages": stages, "accumulates": more, **held}
         ranks = [estimate.held(kind, shapes, plan.world_size, rank, **split) for rank in some]
         kept = max(ranks, key=lambda each: sum(each.values()))
-        kept |= {name: 0 for name, what in waits.items() if yaml.get(f"offload_{what}_device") == "cpu"}
+        host = sum(kept[name] for name in waits)
+        kept |= dict.fromkeys(waits, 0)
         images = plan.images(task) // factor
         passing = {"accumulates": more, "recompute": recompute, **how}
-        return estimate.peak(kind, shapes, plan.world_size, kept, saved, images, **passing)
+        return estimate.peak(kind, shapes, plan.world_size, kept, saved, images, **passing) | {"host": host}
 
     return totals
 
