@@ -55,7 +55,7 @@ from shared.data.streams import read_streams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-PAIRS = 40  # of one worker and two
+PAIRS = 30  # of one worker and two
 EPOCHS = 20  # over which a worker's memory is looked at
 Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
 STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
@@ -515,7 +515,7 @@ def load_one(batches: Iterator[Batch]) -> int:
 
 
 def fill_queues(case: dict, batches: Iterator[Batch]) -> None:
-    for _ in range((case["num_workers"] + 1) * (1 + (case["prefetch_factor"] or 1))):
+    for _ in range(max(1, case["num_workers"]) * (1 + (case["prefetch_factor"] or 1))):
         next(batches)
 
 

@@ -748,7 +748,7 @@ def memory(plan: Plan) -> Iterator[str]:
             flag += f"--gradient_accumulation_steps {steps * factor} " * (factor > 1)
             remedies.append(f"{flag}({totals(factor, again)['total'] / giga:.1f} GiB)")
     if host > share:
-        yield f"What is offloaded takes {line_of_host}, beside loaders. Give more nodes, or a strategy without offload."
+        yield f"What is offloaded takes {line_of_host}, beside loaders. Give more nodes, or no offload."
     if most > room:
         yield f"{line}. Give {' or '.join(remedies) or 'more GPUs, or a strategy that shards more: see the parts'}."
 
