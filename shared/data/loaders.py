@@ -32,7 +32,7 @@ from .sources import Source
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-PREFETCH = 4  # batches that each worker has ready: one that is delayed for a while does not keep its peers waiting
+PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
 _slots: deque[Tensor | None] = deque()  # of a worker
 _sent: set[int] = set()  # addresses of those that its parent has mapped
