@@ -64,8 +64,8 @@ class Machine(NamedTuple):
     qos: str
 
 
-# IDRIS's documentation of Jean Zay; what a node's memory leaves to jobs is of users, but for v100x8, which has nodes of
-# 720 GB too: gpu_p2l. v100 has GPUs of 32 GB too: -C v100-32g.
+# IDRIS's documentation of Jean Zay. A node's memory is from users, but for v100x8, which has nodes of 720 GB too:
+# gpu_p2l. v100 has GPUs of 32 GB too: -C v100-32g.
 MACHINES = {
     "v100": Machine(4, ("no", "fp16"), 16, 160, 100, "v100", ("", ""), "qos_gpu-"),
     "v100x8": Machine(8, ("no", "fp16"), 32, 360, 100, "v100", ("partition", "gpu_p2"), "qos_gpu-"),
