@@ -55,7 +55,7 @@ from shared.data.streams import read_streams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-PAIRS = 60  # of one worker and two
+PAIRS = 20  # of one worker and two, a round
 EPOCHS = 20  # over which a worker's memory is looked at
 Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
 STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
@@ -463,7 +463,7 @@ def two_over_one(args: argparse.Namespace) -> dict:
     ratios = {"two_workers_over_one": [], "two_decoders_over_one": []}
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         streams = [endless(case, args) for case in cases]
-        for _ in range(PAIRS):
+        for _ in range(PAIRS * args.rounds):
             loaded, decoders = [], [sum(pool.map(decoded, [args] * number)) for number in (1, 2)]
             for case, batches in zip(cases, streams, strict=True):
                 fill_queues(case, batches)  # again: what lies there was made in the other's turn

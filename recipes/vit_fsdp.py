@@ -21,7 +21,7 @@ the weights; here it is built without memory, filled shard by shard, and gradien
 
 When: no process can hold the whole. ViT-G has 27.5 GiB of weights, gradients and Adam's state in fp32; of 8 processes
 each holds 3.4, of 1,024 rank 0 holds 39 % more than its share, since rows are not cut
-(benchmarks/results/memory_cpu2_2026-11-23.json).
+(benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
 from dataclasses import dataclass

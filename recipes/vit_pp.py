@@ -18,7 +18,7 @@ Base: vit.py. Changes: parallelize, step, last, average, clip_grad_norm, train_o
 
 When: GPUs far apart: only activations at the cuts are sent. p stages idle (p - 1) / (m + p - 1) of a step of m chunks,
 and keep the activations of m (GPipe) or p of them (1F1B): the run ends with both, measured. ViT-B in 4 stages: 336 MiB
-of 1,321 (benchmarks/results/memory_cpu2_2026-11-23.json).
+of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
 from dataclasses import dataclass

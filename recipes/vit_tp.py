@@ -18,7 +18,7 @@ Base: vit.py. Changes: block_plan, parallelize, check_sizes, main.
         --num_processes 32 recipes/vit_tp.py --model G --tensor_parallel_size 8                 # on each of four nodes
 
 When: a block's activations or a batch of one are too much; within a node, for every block sends its activations 4
-times a step. ViT-B over 4: 348 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-23.json).
+times a step. ViT-B over 4: 348 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
 from dataclasses import dataclass

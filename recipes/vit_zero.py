@@ -24,7 +24,7 @@ checkpoint's shards: a folder for transformers, and for --pretrained of every re
 
 When: optimizer or weights must wait in the host's memory. Without offload FSDP2 holds less: ViT-B on 4 processes
 413 MiB under zero3 and 332 under fsdp, and DeepSpeed's buckets take 1.9 GiB more
-(benchmarks/results/memory_cpu2_2026-11-23.json).
+(benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
 from dataclasses import dataclass
