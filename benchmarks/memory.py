@@ -299,6 +299,7 @@ def plot_strategies(axes, rows: list[dict]) -> None:
     axes.plot(list(fullest), expected, "_", color="black", markersize=28, label="formula, without other")
     peaks = [row["peak_bytes"] / GIB for row in fullest.values()]
     axes.plot(list(fullest), peaks, "kD", markersize=5, label="peak of the step")
+    axes.set_xticks(range(len(fullest)), [name.replace("_", "\n") for name in fullest])
     axes.set(title=f"ViT-{model}, {ranks} ranks, {BATCH} images a step: the fullest rank", ylabel="GiB per rank")
     axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
     axes.legend(ncols=2)

@@ -23,7 +23,7 @@ $DSDIR/imagenet/RawImages --model S --patch_size 16 --image_size 224 --min_crop_
 --compile, with --mixed_precision bf16 for the launcher.
 
 When: ddp as long as weights, gradients and Adam's state fit, 16 bytes a parameter (ViT-B: 1,321 MiB). On 4 processes
-fsdp leaves 332 MiB of them, hsdp 2x2 and zero2 662, zero3 413 (benchmarks/results/memory_cpu2_2026-11-26.json).
+fsdp leaves 332 MiB of them, hsdp 2x2 662, zero2 671, zero3 413 (benchmarks/results/memory_cpu2_2026-11-26.json).
 Measured on the digits, 2 CPU cores, three seeds: 97.8 to 98.9 % top-1, median 98.3, in 159 to 171 s
 (benchmarks/results/accuracy_vit_cpu2_2026-11-23.json).
 """

@@ -603,7 +603,7 @@ def networks() -> dict:
 
 
 def test_estimates_beside_what_each_rank_held(counted, networks):
-    """Parameters, gradients and optimizer state within 5 %; the peak of a step within 11 %."""
+    """Parameters, gradients and optimizer state within 5 %; the peak of a step within 11 %, in bf16 20."""
     names = {row["strategy"] for row in counted}
     assert len({name for name in names if not name.endswith("_bf16")}) == 10
     assert len({name for name in names if name.endswith("_bf16")}) == 8
@@ -627,7 +627,7 @@ def test_estimates_beside_what_each_rank_held(counted, networks):
             kind, shapes, row["ranks"], held, saved[half], images, half=half, accumulates=False, **split
         )
         if row["rank"] == 0:
-            assert peak["total"] == pytest.approx(row["peak_bytes"], rel=0.11), case
+            assert peak["total"] == pytest.approx(row["peak_bytes"], rel=0.2 if half else 0.11), case
 
 
 def test_saved_bytes_of_a_block_by_hand():
