@@ -603,7 +603,7 @@ def networks() -> dict:
 
 
 def test_estimates_beside_what_each_rank_held(counted, networks):
-    """Parameters, gradients and optimizer state within 5 %; the peak of a step within 11 %, in bf16 20."""
+    """Parameters, gradients and optimizer state within 5 %; the peak of a step within 11 %, of tp in bf16 20."""
     names = {row["strategy"] for row in counted}
     assert len({name for name in names if not name.endswith("_bf16")}) == 10
     assert len({name for name in names if name.endswith("_bf16")}) == 8
@@ -627,7 +627,9 @@ def test_estimates_beside_what_each_rank_held(counted, networks):
             kind, shapes, row["ranks"], held, saved[half], images, half=half, accumulates=False, **split
         )
         if row["rank"] == 0:
-            assert peak["total"] == pytest.approx(row["peak_bytes"], rel=0.2 if half else 0.11), case
+            assert peak["total"] == pytest.approx(
+                row["peak_bytes"], rel=0.2 if row["strategy"] == "tp_bf16" else 0.11
+            ), case
 
 
 def test_saved_bytes_of_a_block_by_hand():
@@ -677,10 +679,10 @@ def test_the_verdict_and_its_remedies(run, monkeypatch):
     assert "0.0 parameters + 0.0 gradients + 0.0 optimizer" in "".join([offload.out, *offload.errors])
     # In fp16: weights and gradients 2 bytes each, Adam 12, and the gradients in fp32 again; of 128 nodes.
     assert f"offloaded, estimated: {1.843e9 * 20 / 128 / 2**30:.1f} GiB of 149.0 that" in offload.out
-    one = sound("v100", "zero3_offload", "vit", *words[:-1], "64", nodes=1)[2:]
+    one = sound("v100", "zero3_offload", "vit", *words[:-1], "4", nodes=1)[2:]
     monkeypatch.setenv("RECIPES_LAUNCH_FLAGS", "--mixed_precision no")
     job = run("v100", "zero3_offload", "--memory", "--gres=gpu:1", *one)
-    assert "What is offloaded takes 41.2 GiB of 37.3 that the job has there, beside loaders. Give " in job.errors[0]
+    assert "offloaded, estimated: 41.2 GiB of 37.3 that the job has there.\nwarning: that is too much" in job.out
 
 
 @pytest.mark.parametrize(

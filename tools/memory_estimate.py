@@ -32,7 +32,7 @@ def held(
     kind: ddp, fsdp, hsdp or zero1 to zero3, of what is left of the shapes by `tensor` and `stages`. weight_bytes: 2
     under ZeRO in half precision. state_bytes a parameter: 8 for Adam, 4 for momentum. accumulates: several backward
     passes a step; until the last, zero1 keeps the gradients of all ranks, as in its paper. offloads: ZeRO's optimizer
-    waits in the host's memory, with the gradients once more, in fp32.
+    waits in the host's memory, with the gradients once more, in fp32 (counted under zero3).
     """
     if stages > 1:
         stage = rank * stages // ranks

@@ -64,8 +64,8 @@ class Machine(NamedTuple):
     qos: str
 
 
-# IDRIS's documentation of Jean Zay. A node's memory is from users, but for v100x8, which has nodes of 720 GB too:
-# gpu_p2l. v100 has GPUs of 32 GB too: -C v100-32g.
+# IDRIS's documentation of Jean Zay, but for a node's memory: only v100x8's was looked up (gpu_p2l has 720), so that it
+# refuses nothing. v100 has GPUs of 32 GB too: -C v100-32g.
 MACHINES = {
     "v100": Machine(4, ("no", "fp16"), 16, 160, 100, "v100", ("", ""), "qos_gpu-"),
     "v100x8": Machine(8, ("no", "fp16"), 32, 360, 100, "v100", ("partition", "gpu_p2"), "qos_gpu-"),
@@ -736,6 +736,8 @@ def memory(plan: Plan) -> Iterator[str]:
     if host:
         line_of_host = f"{host:.1f} GiB of {share:.1f} that the job has there"
         plan.notes.append(f"Memory of a node for what is offloaded, estimated: {line_of_host}.")
+    if host > share:
+        plan.notes.append("warning: that is too much, beside loaders. Give more nodes, or no offload.")
     choices = [(recompute, "")]
     if hasattr(config, "activation_checkpointing") and not recompute:
         choices.append((True, "--activation_checkpointing "))
@@ -748,8 +750,6 @@ def memory(plan: Plan) -> Iterator[str]:
         if factor:
             flag += f"--gradient_accumulation_steps {steps * factor} " * (factor > 1)
             remedies.append(f"{flag}({totals(factor, again)['total'] / giga:.1f} GiB)")
-    if host > share:
-        yield f"What is offloaded takes {line_of_host}, beside loaders. Give more nodes, or no offload."
     if most > room:
         yield f"{line}. Give {' or '.join(remedies) or 'more GPUs, or a strategy that shards more: see the parts'}."
 
@@ -806,7 +806,6 @@ def memory_of(plan: Plan, task: Task):
         how["waiting"] = min(1, stages / config.pipeline_chunks)
     waits = {"parameters": "param", "gradients": "optimizer", "optimizer": "optimizer"}  # in the host's memory
     waits = {name for name, what in waits.items() if yaml.get(f"offload_{what}_device") == "cpu"}
-    waits |= set(estimate.KINDS) if yaml.get("fsdp_offload_params") else set()
     held["offloads"] = "optimizer" in waits
     # One of each stage; of ZeRO's ranks, which differ by the weights on their borders, the one that holds most.
     some = range(0, plan.world_size, 1 if kind in ("zero1", "zero2") else plan.world_size // stages)
