@@ -332,7 +332,8 @@ def test_the_loaders_sweep_counts_whole_rounds():
     """One batch of each worker: to stop between them would count too few of two."""
     code = (
         "import types, loaders; batches = iter([types.SimpleNamespace(labels=[0] * 64)] * 9);"
-        "print(*(loaders.load_round({'num_workers': workers}, batches) // 64 for workers in (0, 1, 2)), len([*batches]))"
+        "print(*(loaders.load_round({'num_workers': workers}, batches) // 64 for workers in (0, 1, 2)));"
+        "print(len([*batches]))"
     )
     process = python("-c", code, cwd=ROOT / "benchmarks")
     assert process.stdout.split() == ["1", "1", "2", "5"], process.stderr
