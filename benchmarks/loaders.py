@@ -50,7 +50,7 @@ import resnet_webdataset
 
 from shared.config import UserError
 from shared.data import Batch, Loader, TrainingOrder, Views, decode, open_data, training_view
-from shared.data.loaders import MEAN, PREFETCH, STD, read_by_workers, worker_options
+from shared.data.loaders import MEAN, PREFETCH, STD, WorkerLoader
 from shared.data.streams import read_streams
 
 ON_GPU = torch.cuda.is_available()
@@ -171,9 +171,7 @@ def decode_only(args: argparse.Namespace) -> Epoch:
     return epoch
 
 
-def ours(
-    args: argparse.Namespace, store: str, read: Callable = read_by_workers, without: tuple[str, ...] = ()
-) -> Epoch:
+def ours(args: argparse.Namespace, store: str, read: Callable = WorkerLoader, without: tuple[str, ...] = ()) -> Epoch:
     """A recipe's loader. without: libraries that are taken for not installed."""
     for library in without:
         setattr(decode, library, None)
@@ -506,7 +504,8 @@ def measure_with(case: dict, args: argparse.Namespace) -> dict:
 def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
     """In long epochs: so few batches as the bake-off's have do not divide evenly among workers."""
     views = training_views(args, "tar", times=100)
-    loader = Loader(views, DEVICE, case["num_workers"], read=partial(read_with, **case))
+    options = {"prefetch_factor": case["prefetch_factor"] or PREFETCH, "pin_memory": case["pin_memory"]}
+    loader = Loader(views, DEVICE, case["num_workers"], read=partial(WorkerLoader, **options))
     return chain.from_iterable(repeat(loader if ON_GPU else loader.batches))
 
 
@@ -518,13 +517,6 @@ def load_round(case: dict, batches: Iterator[Batch]) -> int:
 def fill_queues(case: dict, batches: Iterator[Batch]) -> None:
     for _ in range(1 + (case["prefetch_factor"] or 1)):
         load_round(case, batches)
-
-
-def read_with(
-    views: Views, workers: int, device: torch.device, num_workers: int, prefetch_factor: int | None, pin_memory: bool
-) -> DataLoader:
-    options = worker_options(num_workers, device, prefetch_factor or PREFETCH) | {"pin_memory": pin_memory}
-    return DataLoader(views, batch_sampler=views.order, **options)
 
 
 def recommendation(sweep: list[dict]) -> str:

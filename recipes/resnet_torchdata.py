@@ -43,7 +43,7 @@ from shared.accelerator import build_accelerator, data_parallel, micro_batch_siz
 from shared.checkpoint import read_state
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
-from shared.data.loaders import read_by_workers, worker_options
+from shared.data.loaders import WorkerLoader, worker_options
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.tracking import Run
@@ -147,7 +147,7 @@ def build_loaders(accelerator, run_config, config):
         return Loader(views, accelerator.device, run_config.num_workers, layout, read=read)
 
     read = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline]
-    return loader(train, train_view, train_order, read), loader(held_out, eval_view, eval_order, read_by_workers)
+    return loader(train, train_view, train_order, read), loader(held_out, eval_view, eval_order, WorkerLoader)
 
 
 def build_model(config, num_classes):

@@ -18,7 +18,9 @@ import sys
 import tarfile
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ import torch
 from conftest import ROOT, launch_command, python
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from shared.config import UserError
 from shared.data import (
@@ -46,7 +48,7 @@ from shared.data import (
 from shared.data.decode import Crop, render
 from shared.data.index import NAME as INDEX
 from shared.data.index import Index
-from shared.data.loaders import worker_options
+from shared.data.loaders import WorkerLoader, worker_options
 from shared.metrics import Evaluation
 
 FORMATS = ("tar", "parquet", "folder")
@@ -400,6 +402,70 @@ def test_a_batch_in_use_stays_what_it_is_while_others_are_made(prefetch_factor):
 def views_in(views: Views, num_workers: int, prefetch_factor: int) -> DataLoader:
     options = worker_options(num_workers, torch.device("cpu"), prefetch_factor)
     return DataLoader(views, batch_sampler=views.order, **options)
+
+
+def by_worker(views: Views, seconds: Callable[[int], float]) -> Views:
+    """With the number of the worker that rendered it in each image. seconds: how long a worker takes for one."""
+
+    def render(data, view, seed, out) -> bool:
+        worker = get_worker_info().id
+        time.sleep(seconds(worker))
+        out.fill_(worker)
+        return False
+
+    return replace(views, render=render)
+
+
+def test_a_slow_worker_holds_up_only_its_own_batches(reference):
+    """Those of the other are held until their turn; it writes none of them again before it was read."""
+    views = by_worker(loaders("digits")[0].dataset, lambda worker: 0 if worker else 0.01)
+    makers = []
+    for batch in WorkerLoader(views, 2, torch.device("cpu")):
+        makers.append(int(batch.images[0, 0, 0, 0]))
+        time.sleep(0.01)
+        assert (batch.images == makers[-1]).all()
+        assert batch.digest == reference[len(makers) - 1].digest
+    assert len(makers) == 22
+    assert 1 <= makers.count(0) <= 5  # its first takes 0.64 s
+
+
+def test_a_worker_that_stands_still_is_waited_for(reference):
+    """The other waits, too, when its memory is full. Who leaves off then, and begins anew, has the right batches."""
+    begun = time.monotonic()
+    views = loaders("digits")[0].dataset
+    slow = by_worker(views, lambda worker: 0 if worker or time.monotonic() > begun + 3 else 3)
+    reader = WorkerLoader(slow, 2, torch.device("cpu"))
+    batches = iter(reader)
+    assert next(batches).digest == reference[0].digest
+    assert time.monotonic() > begun + 3
+    assert reader.numbered.asked < 22  # of the epoch
+    batches.close()
+    assert [batch.digest for batch in reader] == [batch.digest for batch in reference[:22]]
+
+
+WAITING = """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from shared.data import TrainingOrder, Views, open_data
+from shared.data.loaders import WorkerLoader
+
+def render(data, view, seed, out):
+    time.sleep(0 if torch.utils.data.get_worker_info().id else 0.1)  # 6.4 s a batch
+    return False
+
+train, _ = open_data("digits", 0, 0)
+views = Views(train, None, TrainingOrder(len(train), 64, 64, 0, 1, 0), 32, 0, render)
+reader = WorkerLoader(views, 2, torch.device("cpu"))
+threading.Timer(2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+next(iter(reader))
+"""
+
+
+def test_a_worker_that_waits_ends_with_its_process(tmp_path):
+    (tmp_path / "script.py").write_text(WAITING)
+    process = python(tmp_path / "script.py", ROOT, timeout=60)  # until no worker has its output open
+    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
 def test_a_shard_that_was_cut_off(pack, tmp_path, capfd):

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
-_slots: deque[Tensor | None] = deque()  # of a worker
+_slots: list["_Slot"] = []  # of a worker
 _sent: set[int] = set()  # addresses of those that its parent has mapped
 _mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
 TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
@@ -173,22 +172,57 @@ class Views(Dataset):
         return self.render(read(), self.view, seed, out)
 
 
+@dataclass
+class _Slot:
+    """A piece of a worker's memory that its parent reads, too."""
+
+    batch: int = -sys.maxsize  # number of the one that lies in it
+    memory: Tensor | None = None
+
+
+@dataclass
+class _Work:
+    """What a worker is at."""
+
+    batch: int = -1  # its number
+    used: Tensor | None = None  # (), shared: the parent needs no batch of a lower number; None: they go in turn
+
+    def next(self) -> None:
+        self.batch += self.used is None
+
+    def free(self) -> _Slot:
+        """A slot whose batch has been used, waiting for one where a slower worker holds up the order."""
+        while True:
+            used = self.batch - len(_slots) + 1 if self.used is None else int(self.used)
+            for slot in _slots:
+                if slot.batch < used:
+                    slot.batch = self.batch
+                    return slot
+            if not multiprocessing.parent_process().is_alive():
+                os._exit(1)
+            time.sleep(0.001)
+
+
+_work = _Work()
+
+
 def _memory(size: int) -> Tensor:
-    """So many bytes for a batch: in a worker the piece of its shared memory whose turn it is, else new."""
+    """So many bytes for a batch: in a worker a piece of its shared memory, else new."""
     if not _slots:
         return torch.empty(size, dtype=torch.uint8)
-    _slots.rotate()
-    if _slots[0] is None or len(_slots[0]) != size:
-        _sent.difference_update([] if _slots[0] is None else [_slots[0].data_ptr()])
-        _slots[0] = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-    return _slots[0]
+    _work.next()
+    slot = _work.free()
+    if slot.memory is None or len(slot.memory) != size:
+        _sent.difference_update([] if slot.memory is None else [slot.memory.data_ptr()])
+        slot.memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    return slot.memory
 
 
-def _reuse_memory(slots: int, worker: int) -> None:
-    """For a worker of a Loader, which has copied a batch before it asks for the next one: new shared memory for each
-    would cost a page fault for every 4 KiB."""
+def _reuse_memory(slots: int, used: Tensor | None, worker: int) -> None:
+    """For a worker of a Loader: new shared memory for each batch would cost a page fault for every 4 KiB."""
     _mapped.clear()  # the parent's
-    _slots.extend([None] * slots)
+    _slots.extend(_Slot() for _ in range(slots))
+    _work.used = used
     ignore_signals()
 
 
@@ -201,8 +235,11 @@ def _end_workers() -> None:
             worker.kill()
 
 
-def worker_options(num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH) -> dict:
-    """What every DataLoader of this collection is given; a batch of its workers is good until the next one but one."""
+def worker_options(
+    num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
+) -> dict:
+    """What every DataLoader of this collection is given. used: see _Work; without it, a worker's batch is good until
+    the next one but one."""
     return {
         "collate_fn": _as_is,
         "num_workers": num_workers,
@@ -210,8 +247,8 @@ def worker_options(num_workers: int, device: torch.device, prefetch_factor: int 
         "pin_memory": device.type == "cuda",
         # Its own: a draw from the global state would make initial weights depend on the number of workers.
         "generator": torch.Generator(),
-        # Beside the batches that are ready, one is in use and one is being written.
-        "worker_init_fn": partial(_reuse_memory, prefetch_factor + 2),
+        # Beside the batches that are ready, one is in use and one is being written; out of turn, as many again wait.
+        "worker_init_fn": partial(_reuse_memory, (1 if used is None else 2) * prefetch_factor + 2, used),
         "prefetch_factor": prefetch_factor if num_workers else None,
         # Forked workers start at once; Python 3.14's default imports torch anew in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
@@ -228,11 +265,53 @@ def start_workers(loader: DataLoader) -> None:
         iter(loader)
 
 
-def read_by_workers(views: Views, num_workers: int, device: torch.device) -> Iterable[Batch]:
-    """Host batches of the views, in their order, rendered by PyTorch's worker processes."""
-    loader = DataLoader(views, batch_sampler=views.order, **worker_options(num_workers, device))
-    start_workers(loader)
-    return loader
+class _Numbered(Dataset):
+    """The views' batches by their numbers: how many have been asked for before, in all passes."""
+
+    def __init__(self, views: Views):
+        self.views, self.order, self.asked = views, (), 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, list]]:
+        """For DataLoader a batch sampler."""
+        for samples in self.order:
+            self.asked += 1
+            yield self.asked - 1, samples
+
+    def __getitems__(self, task: tuple[int, list]) -> tuple[int, Batch]:
+        _work.batch, samples = task
+        return _work.batch, self.views.__getitems__(samples)
+
+
+class WorkerLoader:
+    """Host batches of the views, in their order. Each is rendered by the worker that is free first: by turns, all
+    would go at the pace of the slowest."""
+
+    def __init__(
+        self, views: Views, num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, **options
+    ):
+        """options: more of torch's DataLoader."""
+        self.numbered, self.used = _Numbered(views), torch.zeros((), dtype=torch.int64).share_memory_()
+        options = worker_options(num_workers, device, prefetch_factor, self.used) | {"in_order": False} | options
+        self.loader = DataLoader(self.numbered, batch_sampler=self.numbered, **options)
+        start_workers(self.loader)
+        self.numbered.order = views.order  # from now on: whence the first pass begins was not known
+
+    def __iter__(self) -> Iterator[Batch]:
+        early = {}
+        number = self.numbered.asked
+        self.used.fill_(number)  # what an earlier pass left unread is not waited for
+        try:
+            for other, batch in self.loader:
+                early[other] = batch
+                while number in early:
+                    yield early.pop(number)
+                    number += 1
+                    self.used.fill_(number)
+        finally:
+            self.used.fill_(self.numbered.asked)
 
 
 class Loader:
@@ -245,7 +324,7 @@ class Loader:
         num_workers: int,
         memory_format: torch.memory_format = torch.contiguous_format,
         statistics: tuple[list[float], list[float]] | None = None,
-        read: Callable[[Views, int, torch.device], Iterable[Batch]] = read_by_workers,
+        read: Callable[[Views, int, torch.device], Iterable[Batch]] = WorkerLoader,
     ):
         """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's. read: makes the
         host batches; each pass over what it returns begins at `dataset.order.step`."""
