@@ -549,37 +549,46 @@ def worker_memory(args: argparse.Namespace) -> dict:
 def chart(rows: list[dict], sweep: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    bars, lines = figure.subplots(1, 2)
     rows = [row for row in rows if row["images_per_core_second"]]
+    parts = [(draw, drawn) for draw, drawn in ((draw_bars, rows), (draw_lines, sweep)) if drawn]
+    if not parts:  # no loader could be measured
+        return
+    figure = Figure(figsize=(6 * len(parts), 5), layout="constrained")
+    for panel, (draw, drawn) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        draw(panel, drawn)
+    figure.savefig(path, dpi=120)
+
+
+def draw_bars(panel, rows: list[dict]) -> None:
     names, values = ([row[field] for row in rows] for field in ("loader", "images_per_core_second"))
-    spreads = [row["images_per_core_second_spread"] for row in rows]
-    ends = [[value - each["min"], each["max"] - value] for value, each in zip(values, spreads, strict=True)]
     colours = [
         "tab:gray" if name == "decode_only" else f"tab:{'blue' if 'shared' in name else 'orange'}" for name in names
     ]
-    bars.barh(names, values, xerr=np.array(ends).reshape(-1, 2).T, color=colours)
-    bars.invert_yaxis()
-    bars.set_xlabel("images a second of one core")
+    panel.barh(names, values, xerr=ends(rows, "images_per_core_second"), color=colours)
+    panel.invert_yaxis()
+    panel.set_xlabel("images a second of one core")
+
+
+def draw_lines(panel, sweep: list[dict]) -> None:
     for prefetch in dict.fromkeys(row["prefetch_factor"] for row in sweep if row["num_workers"]):
         for pinned in dict.fromkeys(row["pin_memory"] for row in sweep):
             line = [row for row in sweep if row["prefetch_factor"] in (prefetch, None) and row["pin_memory"] == pinned]
             label = f"prefetch_factor {prefetch}{', pinned' if pinned else ''}"
-            rates = [row["images_per_second"] for row in line]
-            spreads = [row["images_per_second_spread"] for row in line]
-            ends = [[rate - each["min"], each["max"] - rate] for rate, each in zip(rates, spreads, strict=True)]
-            numbers = [row["num_workers"] for row in line]
-            lines.errorbar(numbers, rates, np.array(ends).T, fmt="o-", capsize=3, label=label)
-    lines.set_xlabel("--num_workers (shared_tar)")
-    lines.set_ylabel("images a second")
-    lines.set_ylim(bottom=0)
-    for panel, drawn in ((bars, rows), (lines, sweep)):
-        if not drawn:
-            panel.set_axis_off()
-    if sweep:
-        lines.set_xticks(sorted({row["num_workers"] for row in sweep}))
-        lines.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+            numbers, rates = ([row[field] for row in line] for field in ("num_workers", "images_per_second"))
+            panel.errorbar(numbers, rates, ends(line, "images_per_second"), fmt="o-", capsize=3, label=label)
+    panel.set_xlabel("--num_workers (shared_tar)")
+    panel.set_ylabel("images a second")
+    panel.set_ylim(bottom=0)
+    panel.set_xticks(sorted({row["num_workers"] for row in sweep}))
+    panel.legend(loc="lower right")
+
+
+def ends(rows: list[dict], field: str) -> np.ndarray:
+    """(2, rows): how far the spread goes below and above."""
+    values, least, most = np.array(
+        [(row[field], row[f"{field}_spread"]["min"], row[f"{field}_spread"]["max"]) for row in rows]
+    ).T
+    return np.stack([values - least, most - values])
 
 
 def arguments() -> argparse.Namespace:
