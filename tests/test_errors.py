@@ -24,7 +24,7 @@ def refusal(*arguments, recipe: str = "resnet", **variables: str) -> str:
     """The error line of a recipe that must end before it has trained a step, and print nothing else."""
     command = [sys.executable, f"recipes/{recipe}.py", *map(str, arguments)]
     process = subprocess.run(
-        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300
     )
     lines = process.stderr.splitlines()
     assert process.returncode == 1, process.stdout + process.stderr
@@ -254,7 +254,7 @@ def test_without_deepspeed_its_topologies_are_refused(tmp_path):
             (tmp_path / entry.name).symlink_to(entry)
     command = [sys.executable, "-S", "recipes/vit.py", "--output_dir", str(tmp_path / "run")]
     variables = environment(PYTHONPATH=str(tmp_path), **ZERO)
-    process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: zero3 needs DeepSpeed. Install it (pip install deepspeed)")
     assert process.returncode == 1

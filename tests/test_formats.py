@@ -270,7 +270,7 @@ def test_no_process_waits_for_an_index_that_never_comes(tmp_path):
         foreign_shard(tmp_path / "good" / part / "a.tar", {f"{key}": key % 2 for key in range(7)})
         foreign_shard(tmp_path / "bad" / part / "a.tar", {f"{key}": 9876543210 for key in range(7)})
     (tmp_path / "script.py").write_text(CACHED)
-    process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path, timeout=100)
+    process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path)
     assert process.returncode == 0, process.stderr
     lines = sorted(process.stdout.splitlines())
     assert [line.split(": ")[0] for line in lines] == ["0 cannot", "0 has 7", "1 cannot", "1 has 7"]
@@ -464,7 +464,7 @@ next(iter(reader))
 
 def test_a_worker_that_waits_ends_with_its_process(tmp_path):
     (tmp_path / "script.py").write_text(WAITING)
-    process = python(tmp_path / "script.py", ROOT, timeout=60)  # until no worker has its output open
+    process = python(tmp_path / "script.py", ROOT)  # until no worker has its output open
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 

@@ -74,7 +74,7 @@ def rows(text: str) -> dict[str, tuple[str, str]]:
 def command_line(words: list[str], cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in environment().items() if not name.startswith(JEAN_ZAY)}
     command = [sys.executable, str(ROOT / "tools/preflight.py"), *words]
-    return subprocess.run(command, cwd=cwd, env=kept | variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=kept | variables, capture_output=True, text=True, timeout=300)
 
 
 def sound(machine: str, strategy: str, recipe: str, *flags: str, nodes: int = 2) -> list[str]:
@@ -130,7 +130,7 @@ def test_the_output_folder_is_the_one_that_the_run_takes(run, tmp_path, monkeypa
     monkeypatch.setenv("RECIPES_LAUNCH_FLAGS", "--mixed_precision no")
     job = run(*sound("v100", "ddp", "resnet", *words))
     command, cpu = [sys.executable, str(RECIPES["resnet"]), *words], environment(CUDA_VISIBLE_DEVICES="-1")
-    subprocess.run(command, cwd=tmp_path, env=cpu, capture_output=True, timeout=120, check=True)
+    subprocess.run(command, cwd=tmp_path, env=cpu, capture_output=True, timeout=300, check=True)
     (folder,) = (tmp_path / "runs").iterdir()
     assert job.rows["output"][0] == f"runs/{folder.name}" != half  # the precision is part of the configuration
     assert job.rows["precision"] == ("no", "$RECIPES_LAUNCH_FLAGS")

@@ -261,7 +261,7 @@ def test_each_job_command_passes_the_preflight():
         words = shlex.split(line)
         words = [sys.executable if word == "python" else word for word in words]
         variables = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        process = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+        process = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
         assert process.returncode == 0, process.stderr
         assert re.search(r"^world size +\d+", process.stdout, re.M)
 

@@ -158,7 +158,7 @@ def test_what_resume_from_checkpoint_means(tmp_path, uninterrupted):
 
 def test_a_second_start_in_a_folder_in_use_is_refused(contest):
     folder, holder, second = contest
-    _, errors = second.communicate(timeout=120)
+    _, errors = second.communicate(timeout=300)
     waiting, error = errors.splitlines()
     assert second.returncode == 1
     assert f"in use by process {holder.pid} on {socket.gethostname()}" in waiting

@@ -220,7 +220,7 @@ def test_a_real_launcher_and_its_group_pass_signals_on(runs, data, whole):
         wait_for(lambda: process.poll() is not None or BEGINS in output.read_text())  # noqa: B023
         wait_for(lambda: process.poll() is not None or steps(folder) > begin)  # noqa: B023
         send(process.pid, number)
-        process.wait(timeout=90)
+        process.wait(timeout=300)
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["status"], summary["stop_reason"]) == ("interrupted", "signal"), output.read_text()
         newest = checkpoints(folder / "checkpoints")[-1]

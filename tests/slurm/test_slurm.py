@@ -550,7 +550,7 @@ def alone(tmp_path) -> Callable[..., str]:
         with log.open("a") as output:
             command = ["bash", "-c", MODULE + 'source "$0" "$@"', str(ROOT / "slurm/h100.slurm"), *words]
             variables = {**base, **slurm, "PATH": programs, "RECIPES_PREFLIGHT": "off", **variables}
-            subprocess.run(command, stdout=output, stderr=output, env=variables, cwd=tmp_path, timeout=60)
+            subprocess.run(command, stdout=output, stderr=output, env=variables, cwd=tmp_path, timeout=300)
         return log.read_text()
 
     return run
