@@ -273,7 +273,7 @@ def test_no_process_waits_for_an_index_that_never_comes(tmp_path):
     process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path)
     assert process.returncode == 0, process.stderr
     lines = sorted(process.stdout.splitlines())
-    assert [line.split(": ")[0] for line in lines] == ["0 cannot", "0 has 7", "1 cannot", "1 has 7"]
+    assert [line.split(": ")[0] for line in lines] == ["0 cannot", "0 has 7", "1 cannot", "1 has 7"], process.stdout
     assert lines[0][1:] == lines[2][1:]
     assert "9876543210" in lines[0]
     assert [len(list((tmp_path / f"cache-{rank}").rglob("*.safetensors"))) for rank in (0, 1)] == [2, 2]
