@@ -250,9 +250,7 @@ class Run:
 
     def _say_unsaved(self, error: SaveError | None) -> None:
         if error:
-            self.say(
-                f"warning: no checkpoint: {error}; {self._newest()}; training goes on, the next is tried as planned"
-            )
+            self.say(f"warning: no checkpoint: {error}; {self._newest()}; training goes on, the next comes as planned")
 
     def _newest(self) -> str:
         return f"the newest one is {self.newest_checkpoint}" if self.newest_checkpoint else "there is none yet"
@@ -305,7 +303,9 @@ class Run:
         self.losses, self.samples, self.digest = [], [], 0
         self.torn *= not at_end
         self._say_unsaved(self.checkpoints.failure())
-        self._look_for_interruption()
+        reason = self.interruption.agreed(self.step)
+        if self.step < self.last_step:
+            self.interrupted = reason
 
     def is_finite(self, grad_norm: Tensor) -> bool:
         """Whether the optimizer may step: call it on every process before it does.
@@ -355,11 +355,6 @@ class Run:
             "--on_nonfinite skip."
         )
 
-    def _look_for_interruption(self) -> None:
-        reason = self.interruption.agreed(self.step)
-        if reason and self.step < self.last_step:
-            self.interrupted = reason
-
     def _log_step(self, learning_rate: float, grad_norm: Tensor) -> None:
         size = data_parallel(self.accelerator)[1]
         mean_loss = torch.stack(self.losses).mean().item()  # waits for the device
@@ -385,7 +380,8 @@ class Run:
             }
         )
         self._refuse_torn_training(torn)
-        self.bar.set_postfix(self._shown(loss / size, rate), refresh=False)
+        accuracy = {"accuracy": f"{self.evaluation['accuracy']:.2%}"} if self.evaluation else {}
+        self.bar.set_postfix({"loss": f"{loss / size:.4f}", **accuracy, "images/s": f"{rate:.0f}"}, refresh=False)
         self._end_window()
 
     def _refuse_torn_training(self, torn: float) -> None:
@@ -398,10 +394,6 @@ class Run:
                 f"{torn} of {images} images cannot be decoded; each is named above. Mend the data, or accept more: "
                 f"--max_torn {torn / images * 1.5:.2g} (it is {self.run_config.max_torn:g})."
             )
-
-    def _shown(self, loss: float, rate: float) -> dict[str, str]:
-        accuracy = {"accuracy": f"{self.evaluation['accuracy']:.2%}"} if self.evaluation else {}
-        return {"loss": f"{loss:.4f}", **accuracy, "images/s": f"{rate:.0f}"}
 
     def log_evaluation(self, result: dict[str, float]) -> None:
         """Record accuracy, eval_loss and eval_samples (and eval_torn) after this step; also say them in a line."""
@@ -521,13 +513,14 @@ class Run:
             self.say(f"To start afresh: rm -r {self.folder}, or give another --output_dir or --seed.")
 
     def _write_summary(self, status: str, **more) -> None:
+        before = self.former.get("seconds", 0) if self.checkpoint else 0
         summary = {
             "status": status,
             **more,
             "accuracy": self.evaluation.get("accuracy"),
             "steps": self.step,
             "samples": self.step * self.config.global_batch_size,
-            "seconds": round(self.former.get("seconds", 0) * bool(self.checkpoint) + self._elapsed(), 2),
+            "seconds": round(before + time.perf_counter() - self.launched, 2),
             "samples_per_second": round(self._rate(), 1),
             "peak_memory_bytes": _peak_memory(self.accelerator.device),
             "world_size": self.accelerator.num_processes,
@@ -537,9 +530,6 @@ class Run:
         }
         with self._bearing("summary.json"):
             write_json(self.folder / "summary.json", summary)
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self.launched
 
     def say(self, line: str) -> None:
         """Print one line from rank 0, above the bar."""

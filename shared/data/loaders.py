@@ -33,8 +33,7 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
-_slots: list["_Slot"] = []  # of a worker
-_sent: set[int] = set()  # addresses of those that its parent has mapped
+_sent: set[int] = set()  # of a worker: addresses of its slots that its parent has mapped
 _mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
 TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
@@ -60,7 +59,7 @@ class _Whole(Batch):
     def __reduce__(self):
         memory = torch.empty(0, dtype=torch.uint8).set_(self.images.untyped_storage())
         place, known = (os.getpid(), memory.data_ptr()), memory.data_ptr() in _sent
-        if _slots:
+        if _slots.memory:
             _sent.add(memory.data_ptr())
         return _received, (place, None if known else memory, len(self.images), self.digest, self.torn)
 
@@ -140,7 +139,7 @@ class Views(Dataset):
         Raises UserError where MOST_TRIES in a row, or all that there are, cannot be.
         """
         rows, size = len(places), self.image_size
-        batch = _whole(*_memory(rows * (SMALL + 3 * size**2)).tensor_split([rows * SMALL]), rows)
+        batch = _whole(*_slots.take(rows * (SMALL + 3 * size**2)).tensor_split([rows * SMALL]), rows)
         labels, valid, seeds, mirrored, indices = (tensor.numpy() for tensor in (*batch[1:5], batch.indices))
         seeds = seeds.view(np.uint64)
         for array, value in ((labels, 0), (seeds, 0), (mirrored, False), (indices, -1)):
@@ -172,57 +171,43 @@ class Views(Dataset):
         return self.render(read(), self.view, seed, out)
 
 
-@dataclass
-class _Slot:
-    """A piece of a worker's memory that its parent reads, too."""
+class _Slots:
+    """Of a worker: pieces of shared memory, each of which is written again when its batch has been used. New memory
+    would cost a page fault for every 4 KiB of each batch."""
 
-    batch: int = -sys.maxsize  # number of the one that lies in it
-    memory: Tensor | None = None
+    def __init__(self, number: int = 0, used: Tensor | None = None):
+        """used: (), shared: the parent needs no batch of a lower number. None: it needs but the last ones."""
+        self.memory: list[Tensor | None] = [None] * number
+        self.holds = [-sys.maxsize] * number  # numbers of batches
+        self.batch, self.used = -1, used  # the one that is being written
 
-
-@dataclass
-class _Work:
-    """What a worker is at."""
-
-    batch: int = -1  # its number
-    used: Tensor | None = None  # (), shared: the parent needs no batch of a lower number; None: they go in turn
-
-    def next(self) -> None:
+    def take(self, size: int) -> Tensor:
+        """So many bytes, for which it waits where a slower worker holds up the order; in the parent new ones."""
+        if not self.memory:
+            return torch.empty(size, dtype=torch.uint8)
         self.batch += self.used is None
-
-    def free(self) -> _Slot:
-        """A slot whose batch has been used, waiting for one where a slower worker holds up the order."""
-        while True:
-            used = self.batch - len(_slots) + 1 if self.used is None else int(self.used)
-            for slot in _slots:
-                if slot.batch < used:
-                    slot.batch = self.batch
-                    return slot
+        while (slot := self._free()) is None:
             if not multiprocessing.parent_process().is_alive():
                 os._exit(1)
             time.sleep(0.001)
+        self.holds[slot], memory = self.batch, self.memory[slot]
+        if memory is None or len(memory) != size:
+            _sent.difference_update([] if memory is None else [memory.data_ptr()])
+            self.memory[slot] = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+        return self.memory[slot]
+
+    def _free(self) -> int | None:
+        used = self.batch - len(self.holds) + 1 if self.used is None else int(self.used)
+        return next((slot for slot, batch in enumerate(self.holds) if batch < used), None)
 
 
-_work = _Work()
+_slots = _Slots()
 
 
-def _memory(size: int) -> Tensor:
-    """So many bytes for a batch: in a worker a piece of its shared memory, else new."""
-    if not _slots:
-        return torch.empty(size, dtype=torch.uint8)
-    _work.next()
-    slot = _work.free()
-    if slot.memory is None or len(slot.memory) != size:
-        _sent.difference_update([] if slot.memory is None else [slot.memory.data_ptr()])
-        slot.memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-    return slot.memory
-
-
-def _reuse_memory(slots: int, used: Tensor | None, worker: int) -> None:
-    """For a worker of a Loader: new shared memory for each batch would cost a page fault for every 4 KiB."""
+def _begin_worker(slots: int, used: Tensor | None, worker: int) -> None:
+    """For a DataLoader of this collection."""
     _mapped.clear()  # the parent's
-    _slots.extend(_Slot() for _ in range(slots))
-    _work.used = used
+    _slots.__init__(slots, used)
     ignore_signals()
 
 
@@ -238,7 +223,7 @@ def _end_workers() -> None:
 def worker_options(
     num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
 ) -> dict:
-    """What every DataLoader of this collection is given. used: see _Work; without it, a worker's batch is good until
+    """What every DataLoader of this collection is given. used: see _Slots; without it, a worker's batch is good until
     the next one but one."""
     return {
         "collate_fn": _as_is,
@@ -248,7 +233,7 @@ def worker_options(
         # Its own: a draw from the global state would make initial weights depend on the number of workers.
         "generator": torch.Generator(),
         # Beside the batches that are ready, one is in use and one is being written; out of turn, as many again wait.
-        "worker_init_fn": partial(_reuse_memory, (1 if used is None else 2) * prefetch_factor + 2, used),
+        "worker_init_fn": partial(_begin_worker, (1 if used is None else 2) * prefetch_factor + 2, used),
         "prefetch_factor": prefetch_factor if num_workers else None,
         # Forked workers start at once; Python 3.14's default imports torch anew in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
@@ -271,18 +256,15 @@ class _Numbered(Dataset):
     def __init__(self, views: Views):
         self.views, self.order, self.asked = views, (), 0
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def __iter__(self) -> Iterator[tuple[int, list]]:
-        """For DataLoader a batch sampler."""
+        """It is its own batch sampler."""
         for samples in self.order:
             self.asked += 1
             yield self.asked - 1, samples
 
     def __getitems__(self, task: tuple[int, list]) -> tuple[int, Batch]:
-        _work.batch, samples = task
-        return _work.batch, self.views.__getitems__(samples)
+        _slots.batch, samples = task
+        return _slots.batch, self.views.__getitems__(samples)
 
 
 class WorkerLoader:
@@ -300,8 +282,7 @@ class WorkerLoader:
         self.numbered.order = views.order  # from now on: whence the first pass begins was not known
 
     def __iter__(self) -> Iterator[Batch]:
-        early = {}
-        number = self.numbered.asked
+        early, number = {}, self.numbered.asked
         self.used.fill_(number)  # what an earlier pass left unread is not waited for
         try:
             for other, batch in self.loader:
@@ -311,7 +292,8 @@ class WorkerLoader:
                     number += 1
                     self.used.fill_(number)
         finally:
-            self.used.fill_(self.numbered.asked)
+            if self.used == number:  # else a later pass has begun
+                self.used.fill_(self.numbered.asked)  # whoever waits need not
 
 
 class Loader:
