@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -200,4 +201,6 @@ def one_line(kind, error, trace) -> None:
         time.sleep(20)
     # Threads of a half-made process group could abort a normal exit and print over the line.
     sys.stdout.flush()
+    for worker in multiprocessing.active_children():  # they may be so new that they would not notice
+        worker.kill()
     os._exit(1)

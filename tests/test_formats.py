@@ -478,6 +478,31 @@ def test_a_worker_that_waits_ends_with_its_process(tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
+NEW = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from shared.config import UserError, one_line
+from shared.data import TrainingOrder, Views, loaders, open_data
+sys.excepthook = one_line
+loaders.ignore_signals = lambda: time.sleep(float(sys.argv[2]))  # in the worker, which has only begun
+train, _ = open_data("digits", 0, 0)
+reader = loaders.WorkerLoader(Views(train, None, TrainingOrder(64, 64, 64, 0, 1, 0), 32, 0), 1, torch.device("cpu"))
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "seconds", "status"),
+    [("raise UserError('refused')", 1000, 1), ("os.kill(os.getpid(), signal.SIGKILL)", 2, -signal.SIGKILL)],
+    ids=["refusal", "SIGKILL"],
+)
+def test_a_worker_that_has_only_begun_ends_with_its_process(tmp_path, end, seconds, status):
+    """torch's own worker would stay, for it takes for its parent whichever process it has when it first looks."""
+    (tmp_path / "script.py").write_text(NEW.format(end=end))
+    assert python(tmp_path / "script.py", ROOT, seconds).returncode == status
+
+
 def test_a_shard_that_was_cut_off(pack, tmp_path, capfd):
     pack.main(words(pack, "digits", tmp_path / "tar", "--format", "tar", "--shard_size", "1000"))
     shard = tmp_path / "tar/train/000001.tar"

@@ -5,7 +5,6 @@ The loaders are already this process's own: they must not go through `accelerato
 """
 
 import atexit
-import contextlib
 import math
 import multiprocessing
 import os
@@ -81,19 +80,13 @@ def _received(place: tuple[int, int], memory: Tensor | None, rows: int, digest: 
     if memory is None:
         memory = _mapped[place]
     else:
+        workers = {worker.pid for worker in multiprocessing.active_children()}
         for other in list(_mapped):  # by threads of several loaders
-            if not _lives(other[0]):
+            if other[0] not in workers:
                 _mapped.pop(other, None)
         _mapped[place] = memory
     small = memory[: SMALL * rows].clone()  # the worker writes its memory again; images are copied by the Loader
     return _whole(small, memory[SMALL * rows :], rows, digest, torn)
-
-
-def _lives(process: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, 0)
-        return True
-    return False
 
 
 class Candidate(NamedTuple):
@@ -204,11 +197,13 @@ class _Slots:
 _slots = _Slots()
 
 
-def _begin_worker(slots: int, used: Tensor | None, worker: int) -> None:
+def _begin_worker(slots: int, used: Tensor | None, parent: int, worker: int) -> None:
     """For a DataLoader of this collection."""
     _mapped.clear()  # the parent's
     _slots.__init__(slots, used)
     ignore_signals()
+    if os.getppid() != parent:  # torch, which looks from now on, would take another process for the parent
+        os._exit(1)
 
 
 @atexit.register
@@ -233,7 +228,7 @@ def worker_options(
         # Its own: a draw from the global state would make initial weights depend on the number of workers.
         "generator": torch.Generator(),
         # Beside the batches that are ready, one is in use and one is being written; out of turn, as many again wait.
-        "worker_init_fn": partial(_begin_worker, (1 if used is None else 2) * prefetch_factor + 2, used),
+        "worker_init_fn": partial(_begin_worker, (1 if used is None else 2) * prefetch_factor + 2, used, os.getpid()),
         "prefetch_factor": prefetch_factor if num_workers else None,
         # Forked workers start at once; Python 3.14's default imports torch anew in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
