@@ -201,6 +201,13 @@ def one_line(kind, error, trace) -> None:
         time.sleep(20)
     # Threads of a half-made process group could abort a normal exit and print over the line.
     sys.stdout.flush()
-    for worker in multiprocessing.active_children():  # they may be so new that they would not notice
-        worker.kill()
+    end_workers()  # they may be so new that they would not notice
     os._exit(1)
+
+
+def end_workers() -> None:
+    """Of this process's loaders, by force."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
+        for worker in workers:
+            worker.kill()

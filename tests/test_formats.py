@@ -487,7 +487,7 @@ from shared.data import TrainingOrder, Views, loaders, open_data
 sys.excepthook = one_line
 loaders.ignore_signals = lambda: time.sleep(float(sys.argv[2]))  # in the worker, which has only begun
 train, _ = open_data("digits", 0, 0)
-reader = loaders.WorkerLoader(Views(train, None, TrainingOrder(64, 64, 64, 0, 1, 0), 32, 0), 1, torch.device("cpu"))
+reader = loaders.WorkerLoader(Views(train, None, TrainingOrder(64, 64, 64, 0, 1, 0), 32, 0), 3, torch.device("cpu"))
 {end}
 """
 
@@ -500,7 +500,10 @@ reader = loaders.WorkerLoader(Views(train, None, TrainingOrder(64, 64, 64, 0, 1,
 def test_a_worker_that_has_only_begun_ends_with_its_process(tmp_path, end, seconds, status):
     """torch's own worker would stay, for it takes for its parent whichever process it has when it first looks."""
     (tmp_path / "script.py").write_text(NEW.format(end=end))
-    assert python(tmp_path / "script.py", ROOT, seconds).returncode == status
+    process = python(tmp_path / "script.py", ROOT, seconds)
+    assert process.returncode == status
+    assert process.stderr.endswith("error: refused\n" if status == 1 else "")
+    assert "Traceback" not in process.stderr
 
 
 def test_a_shard_that_was_cut_off(pack, tmp_path, capfd):

@@ -8,7 +8,6 @@ import atexit
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import UserError, say
+from ..config import UserError, end_workers, say
 from ..interruption import ignore_signals
 from .decode import View, render
 from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
@@ -206,13 +205,8 @@ def _begin_worker(slots: int, used: Tensor | None, parent: int, worker: int) -> 
         os._exit(1)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Before multiprocessing waits for them: it asks by SIGTERM, which they ignore."""
-    if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
-        for worker in workers:
-            worker.kill()
+# Before multiprocessing waits for them: it asks by SIGTERM, which they ignore.
+atexit.register(end_workers)
 
 
 def worker_options(
