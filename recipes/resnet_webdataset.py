@@ -33,7 +33,6 @@ worker, images/s of a core at 224 px: 680, against 881 of the same shards at ran
 """
 
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -45,12 +44,13 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
+from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, on_main_process, settle_buckets
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.data.index import cache_folder
 from shared.data.shards import image_kind
 from shared.data.streams import read_streams
+from shared.locks import make_once
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.tracking import Run
@@ -112,28 +112,23 @@ def shuffle(samples, random_state, buffer):
     return wds.shuffle(buffer, rng=random_state)(samples)
 
 
-def write_digits(accelerator):
-    """A folder with the embedded digits in shards, written once as a user writes shards of anything."""
+def write_digits(folder):
+    """The embedded digits in shards, as a user writes shards of anything."""
     import webdataset as wds
 
-    folder = cache_folder() / "digits-in-shards"
-    if accelerator.is_main_process and not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.mkdtemp(dir=folder.parent)
-        for name, part in zip(("train", "val"), open_data("digits", 0, 0), strict=True):
-            os.mkdir(f"{beside}/{name}")
-            with wds.ShardWriter(f"{beside}/{name}/%06d.tar", maxcount=100, verbose=0) as shards:
-                for key, (pixels, label) in enumerate(zip(part.images.pixels, part.labels, strict=True)):
-                    shards.write({"__key__": f"{key:06d}", "png": pixels, "cls": int(label)})
-        os.rename(beside, folder)
-    accelerator.wait_for_everyone()
-    return str(folder)
+    for name, part in zip(("train", "val"), open_data("digits", 0, 0), strict=True):
+        (folder / name).mkdir(parents=True)
+        with wds.ShardWriter(f"{folder}/{name}/%06d.tar", maxcount=100, verbose=0) as shards:
+            for key, (pixels, label) in enumerate(zip(part.images.pixels, part.labels, strict=True)):
+                shards.write({"__key__": f"{key:06d}", "png": pixels, "cls": int(label)})
 
 
 def build_loaders(accelerator, run_config, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
     (rank, size), seed = data_parallel(accelerator), run_config.seed
-    data = write_digits(accelerator) if run_config.data == "digits" else run_config.data
+    data = run_config.data
+    if data == "digits":
+        data = on_main_process(accelerator, make_once, cache_folder() / "digits-in-shards", write_digits)
     train, held_out = open_data(data, run_config.val_fraction, seed, run_config.shuffle_block)
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import UserError, job_folder, say
+from .config import UserError, job_folder
+from .locks import take_lock
 from .tensor_files import replace_text, to_disk
 
 LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
@@ -35,18 +36,12 @@ def wait_for_preflight() -> None:
 
 def lock(folder: Path) -> FileLock:
     """One run per folder; raises UserError where another one stays there."""
-    held = FileLock(folder / "lock")
-    with contextlib.suppress(Timeout):
-        held.acquire(timeout=0)
-        return held
     holder = read_json(folder / "summary.json")
     use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    say(f"{use}; waiting {LOCK_SECONDS} s for it to end", sys.stderr)
     try:
-        held.acquire(timeout=LOCK_SECONDS)
+        return take_lock(folder / "lock", use, LOCK_SECONDS)
     except Timeout:
         raise UserError(f"{use}. Stop it, or give another --output_dir.") from None
-    return held
 
 
 @contextlib.contextmanager

@@ -652,13 +652,13 @@ def test_packing_that_was_killed_ends_complete(pack, tmp_path, kind):
         for name, data in contents(tmp_path / "killed").items():
             assert data == whole[name], name  # nothing has its name before it is complete
     assert killed >= 4
-    (tmp_path / "killed/train" / f".{INDEX}.host.1").write_bytes(b"")  # of a kill as the index was written
+    (tmp_path / "killed/train" / f".{INDEX}.host.1.partial").write_bytes(b"")  # of a kill as the index was written
     command()
     assert contents(tmp_path / "killed") == whole
     assert not list((tmp_path / "killed").rglob(".*"))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.*")}
     command()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*")} == before  # nothing left to do
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.*")} == before  # nothing to do
 
 
 def kill(command, seconds: float) -> bool:
@@ -679,7 +679,7 @@ def kill(command, seconds: float) -> bool:
 
 def test_a_start_that_was_killed_before_anything_had_its_name(pack, tmp_path):
     (tmp_path / "packed").mkdir()
-    (tmp_path / "packed/.pack.json.partial").write_text("{")
+    (tmp_path / "packed/.pack.json.host.1.partial").write_text("{")
     pack.main(words(pack, "digits", tmp_path / "packed", "--format", "tar"))
     assert len(open_data(str(tmp_path / "packed"), 0, 0)[0]) == 1437
     assert not list((tmp_path / "packed").rglob(".*"))
@@ -786,7 +786,7 @@ def test_a_full_disk_leaves_what_is_complete_and_nothing_else(pack, tmp_path, mo
     }
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"), pack.complete(tmp_path / "file") as file:
+        with pytest.raises(OSError, match="No space left"), pack.complete_file(tmp_path / "file") as file:
             file.write(b"data")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
     before = contents(tmp_path / "packed")

@@ -13,6 +13,7 @@ the same command goes on after the shards that were complete. Checksums are in t
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import hashlib
 import io
@@ -20,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -34,6 +36,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -45,7 +48,10 @@ from shared.data.index import Index
 from shared.data.order import random_bits
 from shared.data.shards import is_complete
 from shared.data.sources import EXTENSIONS, HELD_OUT, split
+from shared.locks import complete, remove_partials, take_lock
+from shared.run_folder import LOCK_SECONDS
 
+PLAN = "pack.json"
 PROBE = 1000  # images that a dry run packs
 ARCHIVES = (".zip", ".tar")
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # the last: it is encrypted
@@ -67,9 +73,10 @@ def main(arguments: argparse.Namespace) -> None:
         for name, source in parts.items():
             print(f"{name}: {estimate(source, arguments)}")
         return
-    claim(arguments, parts)
-    for name, source in parts.items():
-        pack(source, arguments.destination / name, arguments)
+    with claim(arguments.destination):
+        follow_plan(arguments, parts)
+        for name, source in parts.items():
+            pack(source, arguments.destination / name, arguments)
     print(f"packed; to train on it: python recipes/resnet.py --data {arguments.destination}")
 
 
@@ -200,22 +207,34 @@ def pack_here(source: Source, folder: Path, images: list[tuple[bytes, str]], arg
     finish(source, folder, arguments)
 
 
-def claim(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
-    """Refuse a destination that holds something else."""
+def claim(destination: Path) -> FileLock:
+    """The lock of a destination, for one start at a time; refuses one that holds something else."""
+    if destination.exists() and not (destination / PLAN).exists():
+        others = [path for path in destination.iterdir() if path.name != "lock" and not path.match(f".{PLAN}.*")]
+        if others:
+            raise UserError(f"{destination} is not empty, and not from this tool. Give another folder.")
+    destination.mkdir(parents=True, exist_ok=True)
+    use = f"another start packs into {destination}"
+    try:
+        return take_lock(destination / "lock", use, LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"{use}. Wait for its end, or give another folder.") from None
+
+
+def follow_plan(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
+    """Refuse a destination that was begun in another way."""
     names = ("source", "format", "shard_size", "max_side", "quality", "val_fraction")
     plan = {name: getattr(arguments, name) for name in names} | {name: len(part) for name, part in parts.items()}
-    path = arguments.destination / "pack.json"
+    path = arguments.destination / PLAN
     if path.exists():
         former = json.loads(path.read_text())
         different = [name for name in plan if former.get(name) != plan[name]]
         if different:
             name = different[0]
             raise UserError(f"{path} was begun with {name} {former.get(name)}, not {plan[name]}. Give another folder.")
-    elif arguments.destination.exists() and {*arguments.destination.iterdir()} - {partial_of(path)}:
-        raise UserError(f"{arguments.destination} is not empty, and not from this tool. Give another folder.")
     else:
-        arguments.destination.mkdir(parents=True, exist_ok=True)
-        with complete(path) as file:
+        remove_partials(arguments.destination)
+        with complete_file(path) as file:
             file.write(json.dumps(plan, indent=1).encode())
 
 
@@ -228,25 +247,30 @@ def pack(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
     if not (folder / DONE[arguments.format]).exists():
         write_shards(source, folder, arguments)
         finish(source, folder, arguments)
-    for pattern in (".*.npz", ".*.partial", f".{INDEX}.*"):  # of this start, and of others that were killed
-        for path in folder.glob(pattern):
-            path.unlink()
+    remove_partials(folder)
+    for path in folder.glob(".*.npz"):
+        path.unlink()
 
 
 def write_shards(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
     count = count_shards(source, arguments)
     todo = [number for number in range(count) if not rows_of(folder, number).exists()]
     done = len(source) - sum(len(members_of(source, number, arguments)) for number in todo)
-    bar = tqdm(total=len(source), initial=done, unit="image", desc=folder.name)
-    job = source, folder, arguments, partial(encoded, source, arguments)
+    bar = tqdm(total=len(source), initial=done, unit="image", desc=folder.name, disable=None)
+    job = os.getpid(), source, folder, arguments, partial(encoded, source, arguments)
     with ProcessPoolExecutor(max(1, arguments.num_workers), CONTEXT, take_job, job) as pool, bar:
         for images in pool.map(one_shard, todo):
             bar.update(images)
 
 
-def take_job(*job) -> None:
+def take_job(parent: int, *job) -> None:
     """In each process of the pool: what its shards have in common. A fork finds it there; sent with each shard it
-    could be gigabytes, the whole of a parquet table."""
+    could be gigabytes, the whole of a parquet table. The process ends with its parent, whose lock a fork has too."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
     _job[:] = job
 
 
@@ -270,7 +294,7 @@ def write_shard(source: Source, folder: Path, arguments: argparse.Namespace, rea
     """One shard, complete or absent; then what the index will say of it, which marks it as done."""
     samples = members_of(source, number, arguments)
     rows = WRITERS[arguments.format](source, samples, folder, number, read)
-    with complete(rows_of(folder, number)) as file:
+    with complete_file(rows_of(folder, number)) as file:
         np.savez(file, samples=samples, **rows)
     return len(samples)
 
@@ -302,7 +326,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 def write_tar(source: Source, samples: np.ndarray, folder: Path, shard: int, read) -> dict:
     path = folder / f"{shard:06d}.tar"
     names, offset, length = [], [], []
-    with complete(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with complete_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples.tolist():
             data, kind = read(sample)
             key = f"{sample:09d}"
@@ -329,7 +353,7 @@ def write_parquet(source: Source, samples: np.ndarray, folder: Path, shard: int,
     ]
     rows = pa.table({"image": images, "label": source.labels[samples]}, schema=features.arrow_schema)
     path = folder / f"{shard:06d}.parquet"
-    with complete(path) as file:
+    with complete_file(path) as file:
         pq.write_table(rows, file, row_group_size=100)
     return {"checksum": checksum(path)}
 
@@ -343,7 +367,7 @@ def write_folder(source: Source, samples: np.ndarray, folder: Path, shard: int, 
         data, kind = read(sample)
         name = f"{source.classes[source.labels[sample]]}/{sample:09d}.{kind}"
         (folder / name).parent.mkdir(exist_ok=True)
-        with complete(folder / name) as file:
+        with complete_file(folder / name) as file:
             file.write(data)
         names.append(os.fsencode(name))
     return {"names": names}
@@ -359,7 +383,7 @@ def finish(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
     kind, count = arguments.format, count_shards(source, arguments)
     parts = [dict(np.load(rows_of(folder, shard))) for shard in range(count)]
     if kind == "parquet":
-        with complete(folder / SUMS) as file:
+        with complete_file(folder / SUMS) as file:
             file.write(
                 "".join(f"{part['checksum']}  {shard:06d}.parquet\n" for shard, part in enumerate(parts)).encode()
             )
@@ -372,7 +396,8 @@ def finish(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
         places = {"shard": shard, "offset": column("offset"), "length": column("length")}
         places |= {"shards": [f"{number:06d}.tar" for number in range(count)]}
         places |= {"checksums": [str(part["checksum"]) for part in parts]}
-    Index(column("names"), source.labels, source.classes, **places).save(folder / INDEX)
+    with complete(folder / INDEX) as partial:
+        Index(column("names"), source.labels, source.classes, **places).save(partial)
 
 
 WRITERS = {"tar": write_tar, "parquet": write_parquet, "folder": write_folder}
@@ -389,21 +414,12 @@ def padded(length: int) -> int:
 
 
 @contextlib.contextmanager
-def complete(path: Path) -> Iterator[BinaryIO]:
+def complete_file(path: Path) -> Iterator[BinaryIO]:
     """A file that has its name only when all of it is on the disk; where it does not come to that, nothing stays."""
-    try:
-        with open(partial_of(path), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_of(path), path)
-    except BaseException:
-        partial_of(path).unlink(missing_ok=True)
-        raise
-
-
-def partial_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    with complete(path) as partial, open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def checksum(path: Path) -> str:

@@ -5,7 +5,6 @@ once and the processes of a node share their pages. It stands beside packed tar 
 import hashlib
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from ..config import UserError
+from ..locks import make_once
 
 NAME = "index.safetensors"  # beside shards
 PATIENCE = 30  # seconds until a file that another node wrote is seen by all: some systems keep for a while what lacks
@@ -49,20 +49,14 @@ class Index:
         return replace(self, **arrays)
 
     def save(self, path: Path) -> None:
-        """Complete or absent: written beside, then renamed."""
+        """Write it under a name that nobody reads."""
         arrays = {"names": _as_bytes(self.names), "labels": self.labels.astype(np.int64)}
         if self.shards is not None:
             kinds = {"shard": np.int32, "offset": np.int64, "length": np.int64}
             arrays |= {name: getattr(self, name).astype(kind) for name, kind in kinds.items()}
         lists = json.dumps({name: getattr(self, name) for name in ("classes", "shards", "checksums", "torn")})
         data = save({name: torch.from_numpy(array) for name, array in arrays.items()}, {"lists": lists})
-        partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-        try:
-            partial.write_bytes(data)  # safetensors' own save_file has an error of its own for a full disk
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        path.write_bytes(data)  # safetensors' own save_file has an error of its own for a full disk
 
     @staticmethod
     def load(path: Path) -> "Index":
@@ -91,13 +85,12 @@ def cached(what: Path, entries: Iterable[Path], build: Callable[[], Index]) -> I
     Every process must call it. Raises UserError on each of them where rank 0 could not.
     """
     path = cache_folder() / f"{_key(what, entries)}.safetensors"
-    _by_main_process(lambda: path.exists() or _build(build, path))
+    _by_main_process(lambda: make_once(path, lambda partial: build().save(partial)))
     until = time.monotonic() + PATIENCE
     while not path.exists() and time.monotonic() < until:
         time.sleep(0.1)
-    if not path.exists():  # rank 0's cache is a disk of another node
-        _build(build, path)
-    return Index.load(path)
+    # Again, for rank 0's cache may be a disk of another node.
+    return Index.load(make_once(path, lambda partial: build().save(partial)))
 
 
 def _key(what: Path, entries: Iterable[Path]) -> str:
@@ -108,15 +101,6 @@ def _key(what: Path, entries: Iterable[Path]) -> str:
         raise UserError(f"{error.filename}: {error.strerror}. Mend or remove it.") from error
     states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.blake2b(f"{what.resolve()}\n{states}".encode(), digest_size=12).hexdigest()
-
-
-def _build(build: Callable[[], Index], path: Path) -> None:
-    index = build()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        index.save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Let SCRATCH name a folder with room.") from error
 
 
 def _by_main_process(work: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from ..locks import complete
 from .index import cache_folder
 
 MULTIARCH = f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}"  # Debian's, of what depends on the machine
@@ -56,19 +57,16 @@ def _key(headers: Path) -> str:
 def _compile(compiler: list[str], headers: Path, path: Path) -> None:
     """Complete or absent: written beside, then renamed, whoever else does the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    command = [*compiler, *OPTIONS, str(SOURCE), "-o", str(partial), "-ljpeg"]
+    command = [*compiler, *OPTIONS, str(SOURCE), "-ljpeg"]
     if not headers.is_relative_to("/usr/include"):  # which compiler and linker know
         places = [headers.parent / name for name in ("lib", "lib64")]
         command += [f"-I{headers}", *(word for place in places for word in (f"-L{place}", f"-Wl,-rpath,{place}"))]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    options = {"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL}
+    with complete(path) as partial:
+        process = subprocess.run([*command, "-o", str(partial)], **options)
         if process.returncode:
             lines = process.stderr.splitlines()
             raise OSError(next((line for line in lines if "error" in line), f"{compiler[0]} failed"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several starts may write at once: one at a time, and each file or folder complete or absent."""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .config import UserError, say
+
+PATIENCE = 3 * 3600  # seconds for another start to end what both want
+
+
+def take_lock(path: Path, what: str, seconds: float) -> FileLock:
+    """Lock a file, for as long as the result is held; `what` is in use where another process has it.
+
+    Says so and waits; raises Timeout after these seconds, and OSError where the file cannot be made.
+    """
+    held = FileLock(path)
+    with contextlib.suppress(Timeout):
+        held.acquire(timeout=0)
+        return held
+    say(f"{what}; waiting for it to end, at most {seconds:.0f} s", sys.stderr)
+    held.acquire(timeout=seconds)
+    return held
+
+
+def make_once(path: Path, write: Callable[[Path], object]) -> Path:
+    """Return `path`, a file or folder of a cache, which `write` makes under the name that it is given, unless it is
+    there or another start makes it: that one is waited for.
+
+    Raises UserError where it cannot be written.
+    """
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with take_lock(path.with_name(f"{path.name}.lock"), f"another start makes {path}", PATIENCE):
+            if not path.exists():
+                remove_partials(path.parent, path.name)
+                with complete(path) as partial:
+                    write(partial)
+    except Timeout:
+        raise UserError(f"another start has made {path} for {PATIENCE} s. End it, and start again.") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}. Let SCRATCH name a folder with room.") from error
+    return path
+
+
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """Give the name under which the block writes a file or folder, which gets its own when it is complete; where it
+    does not come to that, nothing stays."""
+    partial = partial_of(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Return a name beside `path` that no other process, of any host, writes."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def remove_partials(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left in a folder of the file `name`, or of any: call it under the lock of what
+    they wrote. What a living process of this host writes stays."""
+    for path in list(folder.rglob(f".{glob.escape(name)}*.partial")):
+        if not _is_written(path):
+            _remove(path)
+
+
+def _is_written(partial: Path) -> bool:
+    owner, _, pid = partial.stem.rpartition(".")
+    if not owner.endswith(f".{socket.gethostname()}") or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
