@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Check a job here, on the login node, then submit it:
 #   slurm/submit.sh MACHINE STRATEGY [sbatch options] -- RECIPE [flags]
-#   slurm/submit.sh h100 fsdp --nodes=16 --time=20:00:00 -A PROJECT@h100 -- recipes/vit.py --global_batch_size 4096
+#   slurm/submit.sh h100 fsdp --nodes=16 --time=20:00:00 -A PROJECT@h100 -- recipes/vit.py --data $SCRATCH/imagenet
 # Among the options --dry_run stops before sbatch, and --memory estimates the bytes of a GPU. slurm/launch.sh says which
 # variables change a job.
 set -euo pipefail
@@ -13,16 +13,16 @@ main() {
     read_words "$@"
     [[ -f $RECIPES_ROOT/slurm/$machine.slurm ]] || fail "no machine $machine. There are: $(machines)."
     command -v python >/dev/null || fail "no python to check the job with. Load a module, or activate your environment."
+    # The log is named after the job: no blanks.
+    local name="${recipe##*/}"
+    name=${name%.py}-$strategy
+    options=(--job-name="${name// /_}" "${options[@]}")
     python "$RECIPES_ROOT/tools/preflight.py" "$machine" "$strategy" "${memory[@]}" "${options[@]}" -- \
         "$recipe" "${flags[@]}" || exit 1
     # For the job: what has been checked. A sweep's lines differ, so each of its tasks checks its own.
     RECIPES_PREFLIGHT=$(printf '%s\0' "$machine" "$strategy" "$recipe" "${flags[@]}" | cksum)
     export RECIPES_PREFLIGHT
-    # The log is named after the job: no blanks.
-    local name="${recipe##*/}"
-    name=${name%.py}-$strategy
-    local command=(sbatch --job-name="${name// /_}" "${options[@]}")
-    command+=("$RECIPES_ROOT/slurm/$machine.slurm" "$strategy" "$recipe" "${flags[@]}")
+    local command=(sbatch "${options[@]}" "$RECIPES_ROOT/slurm/$machine.slurm" "$strategy" "$recipe" "${flags[@]}")
     printf '%q ' "${command[@]}"
     echo
     [[ $dry_run ]] || exec "${command[@]}"

@@ -79,7 +79,8 @@ def command_line(words: list[str], cwd: Path = ROOT, **variables: str) -> subpro
 
 def sound(machine: str, strategy: str, recipe: str, *flags: str, nodes: int = 2) -> list[str]:
     account = f"abc@{'v100' if machine == 'v100x8' else machine}"
-    return [machine, strategy, "-A", account, "--nodes", str(nodes), "--", str(RECIPES[recipe]), *flags]
+    data = [] if recipe == "allreduce_pi" or "--data" in flags else ["--data", "digits"]
+    return [machine, strategy, "-A", account, "--nodes", str(nodes), "--", str(RECIPES[recipe]), *data, *flags]
 
 
 # A sound job
@@ -87,7 +88,7 @@ def sound(machine: str, strategy: str, recipe: str, *flags: str, nodes: int = 2)
 
 def test_the_resolved_job_and_its_origins():
     words = "h100 fsdp -N4 --time 20:00:00 --mail-type END --exclusive -- recipes/vit.py --global_batch_size=1024"
-    words += " --epochs 3 --drop_path=0.1"
+    words += " --data digits --epochs 3 --drop_path=0.1"
     process = command_line(words.split(), SBATCH_ACCOUNT="abc@h100", SBATCH_QOS="qos_gpu_h100-t3")
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
@@ -105,7 +106,7 @@ def test_the_resolved_job_and_its_origins():
         "precision": ("bf16", yaml_name),
         "fsdp_transformer_layer_cls_to_wrap": ("DropPathLayer", yaml_name),
         "fsdp_reshard_after_forward": ("True", yaml_name),
-        "data": ("digits", "vit.py"),
+        "data": ("digits", command),
         "model": ("demo", "vit.py"),
         "image_size": ("32", "vit.py"),
         "epochs": ("3", command),
@@ -143,7 +144,7 @@ def test_values_come_from_the_command_line_before_the_environment_before_the_hea
     assert run(*words).rows["time"] == ("2:00:00", "$SBATCH_TIMELIMIT")
     given = run("a100", "ddp", "-t", "3:00:00", *words[2:])
     assert given.rows["time"] == ("3:00:00", "command line")
-    for option in ("--gres=gpu:a100:2", "--gres=gpu:2,lscratch:10", "--gres=lscratch:10,gpu:2", "--gpus-per-node=2"):
+    for option in ("--gres=gpu:a100:2", "--gres=gpu:2,lscratch:10", "--gres=lscratch:10,gpu:2"):
         assert run("a100", "ddp", option, *words[2:]).rows["world size"][0] == "4 = 2 nodes x 2"
     # sbatch reads no such variable.
     monkeypatch.setenv("SLURM_ACCOUNT", "abc@a100")
@@ -155,9 +156,9 @@ def test_in_a_job_slurms_variables_count_and_who_may_submit_is_not_asked(run, mo
     variables = {"JOB_ID": "7", "JOB_NUM_NODES": "3", "JOB_QOS": "other", "JOB_PARTITION": "x"}
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    words = ["--in_job", "--", "recipes/vit.py", "--global_batch_size", "96"]
+    words = ["--in_job", "--", "recipes/vit.py", "--data", "digits", "--global_batch_size", "96"]
     job = run("h100", "hsdp", *words)
-    assert job.status == 0
+    assert job.status == 0, job.errors
     assert job.rows["nodes"] == ("3", "$SLURM_JOB_NUM_NODES")
     assert job.rows["replicas"] == ("3, each sharded over a node", "nodes")
     assert job.rows["time"] == ("unknown", "default")
@@ -512,6 +513,135 @@ def test_versions_below_the_bounds(run, monkeypatch):
     assert "error: transformers 5.9.0 is not >=5.17." in errors  # the recipe's own bound
     assert "error: deepspeed is not installed." in errors
     assert "error: Python 3.10.4 is not >=3.11. Load another module." in errors
+
+
+def test_bounds_are_those_of_the_recipe_itself(run, monkeypatch, tmp_path):
+    """An older transformers, as a module has it: the Vision Transformer alone asks for more."""
+    folder = tmp_path / "transformers-4.57.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.1\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    monkeypatch.delitem(sys.modules, "shared.vit", raising=False)
+    for name in ("resnet", "resnet_webdataset", "resnet_hf_datasets", "allreduce_pi"):
+        assert run(*sound("h100", "ddp", name)).errors == []
+    errors = run(*sound("h100", "ddp", "vit")).errors
+    assert (
+        "error: transformers 4.57.1 is not >=5.17. Load a newer module, or pip install 'transformers>=5.17'." in errors
+    )
+    # A bound of the recipe's head, and none of pyproject.toml.
+    mine = tmp_path / "mine.py"
+    mine.write_text(RECIPES["allreduce_pi"].read_text().replace("transformers>=4.57", "transformers>=4.58"))
+    words = sound("h100", "ddp", "allreduce_pi")
+    words[words.index("--") + 1] = str(mine)
+    assert "transformers 4.57.1 is not >=4.58." in run(*words).errors[0]
+    mine.write_text(RECIPES["allreduce_pi"].read_text().replace('"transformers>=4.57", ', ""))
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.1\n")
+    assert run(*words).errors == []
+
+
+def test_nobody_trains_on_the_digits_by_oversight(run):
+    words = ["h100", "ddp", "-A", "abc@h100", "--nodes=2", "--", "recipes/resnet.py"]
+    assert run(*words, "--data=digits").status == 0
+    (line,) = run(*words).errors
+    assert line.startswith("error: without --data the 2 nodes train on 1,797 embedded digits. Give --data FOLDER, or")
+    assert run(*words[:4], *words[5:]).status == 0  # one node: a demonstration
+
+
+# Options of sbatch that change what is launched
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            "--ntasks-per-node=4",
+            "--ntasks-per-node=4 (command line) starts several launchers on a node. Leave it out:",
+        ),
+        ("--ntasks-per-node 2", "starts several launchers on a node."),
+        ("--ntasks-per-gpu=1", "starts several launchers on a node."),
+        ("-n 8", "--ntasks=8 is not the 2 that the other options ask for. Give --nodes=N alone."),
+        ("--ntasks=8", "--ntasks=8 is not the 2"),
+        ("-n8", "--ntasks=8 is not the 2"),
+        ("-G 4", "--gpus=4 is not the 8 that the other options ask for. Give --nodes=N and --gres=gpu:N,"),
+        ("--gpus=h100:4", "--gpus=h100:4 is not the 8"),
+        ("--gpus-per-node=2", "--gpus-per-node=2 is not the 4 that the other options ask for."),
+        ("--gpus-per-task=1", "gives the launcher of a node other GPUs than --gres. Give --gres=gpu:N,"),
+        ("--gpus-per-socket 2", "gives a node other GPUs than --gres."),
+        ("--gpu-bind=single:1", "hides GPUs of a node from its launcher."),
+        ("--tres-bind=gres/gpu:map:0", "hides GPUs of a node from its launcher."),
+        ("--cpus-per-gpu=8", "excludes --cpus-per-task. Give --cpus-per-task,"),
+        ("-c 97", "--cpus-per-task=97 does not fit into the 96 cores of a node. Give at most 96."),
+        ("--cpus-per-task=all", "--cpus-per-task=all does not fit into the 96 cores"),
+        ("--export=NONE", "--export=NONE (command line) leaves your environment behind. Give --export=ALL,"),
+        ("--export RECIPES_ROOT,PATH", "leaves your environment behind."),
+        ("-m arbitrary", "--distribution=arbitrary (command line) changes the order of the nodes."),
+        ("--open-mode=truncate", "loses what the former starts of a job wrote."),
+        ("--signal=TERM@60", "ends a job in another way than by a checkpoint and a requeue. Give --signal=B:USR1@SEC"),
+        ("--container=/image", "runs slurm/launch.sh where there is no srun."),
+        (
+            "--mem=64G",
+            "--mem=64G: Jean Zay gives a job memory with its cores. Leave it out, and give --cpus-per-task,",
+        ),
+        ("--mem-per-cpu 4G", "--mem-per-cpu=4G: Jean Zay gives a job memory with its cores."),
+        ("-D no/such", "--chdir=no/such is no folder."),
+        ("--chdir=recipes", "no recipe recipes/resnet.py"),  # sbatch starts the job there
+        ("-o no/such/%x-%j.log", "--output=no/such/%x-%j.log (command line) is no file in a folder that exists, and"),
+        ("--error no/such.txt/%j", "--error=no/such.txt/%j (command line) is no file in a folder that exists"),
+        ("--output=slurm/", "--output=slurm/ (command line) is no file in a folder"),
+        ("--output=%j/log", "--output=%j/log (command line) is no file in a folder"),
+        ("--job-name=a/b", "--output=%x-%j.log (slurm/h100.slurm) is no file in a folder"),
+    ],
+)
+def test_options_that_change_what_is_launched_are_refused(run, options, words):
+    job = run(
+        "h100", "ddp", "--nodes=2", "-A", "abc@h100", *options.split(), "--", "recipes/resnet.py", "--data=digits"
+    )
+    assert job.status == 1
+    assert len(job.errors) == 1, job.errors
+    assert words in job.errors[0]
+
+
+def test_the_same_by_variables(run, monkeypatch):
+    words = sound("h100", "ddp", "resnet")
+    values = {"EXPORT": "NONE", "GPU_BIND": "single:1", "GPUS_PER_TASK": "1", "OUTPUT": "no/log", "SIGNAL": "KILL"}
+    values |= {"MEM_PER_NODE": "9G", "OPEN_MODE": "truncate", "GPUS": "1", "DISTRIBUTION": "arbitrary"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+        (line,) = run(*words).errors
+        assert f"={value}" in line
+        monkeypatch.delenv(f"SBATCH_{name}")
+    # Those that a job or a step leaves in its shell are not sbatch's; slurm/launch.sh takes them away from srun.
+    for name in ("EXPORT_ENV=NONE", "NTASKS_PER_NODE=4", "GPUS_PER_TASK=1", "CPUS_PER_TASK=1", "NTASKS=1"):
+        monkeypatch.setenv(f"SLURM_{name.split('=')[0]}", name.split("=")[1])
+    assert run(*words).status == 0
+
+
+def test_options_that_change_nothing_pass(run, tmp_path, monkeypatch):
+    (tmp_path / "logs h100").mkdir()
+    harmless = ["--ntasks=2", "--ntasks-per-node=1", "-G", "8", "--gpus-per-node=h100:4", "-m", "block", "-c", "96"]
+    harmless += ["--export=ALL,A=1", "--open-mode=append", "--signal=B:USR2@90", "--gpu-bind=none", "--mem=0"]
+    harmless += ["--output", f"{tmp_path}/logs %x/%%%j.log", "--job-name=h100", "--hint=nomultithread", "--hold"]
+    words = sound("h100", "ddp", "resnet")
+    assert run(*words[:2], *harmless, *words[2:]).errors == []
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for where in (["-D", str(tmp_path)], [f"--chdir={tmp_path}"]):
+        monkeypatch.chdir(ROOT)
+        job = run("h100", "ddp", *where, "-A", "abc@h100", "--", "recipes/resnet.py")
+        assert job.errors == []
+        assert Path.cwd() == tmp_path  # where everything else was looked for
+    job = run(*words[:2], "--cpus-per-task=24", *words[2:])
+    assert "warning: --cpus-per-task=24 is for all 4 processes of a node, whose share is 96 cores. Give" in job.out
+    assert "warning" not in run(*words[:2], "--cpus-per-task=24", "--gres=gpu:1", *words[2:]).out
+
+
+def test_in_a_job_more_than_one_task_on_a_node_is_refused(run, monkeypatch):
+    """Their cores are shared out: the one launcher would get a part of them."""
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    monkeypatch.setenv("SBATCH_OUTPUT", "no/such/log")
+    monkeypatch.setenv("SBATCH_GPU_BIND", "single:1")
+    (line,) = run("h100", "ddp", "--in_job", "--", "recipes/resnet.py").errors
+    assert "--ntasks-per-node=4 ($SLURM_NTASKS_PER_NODE) starts several launchers on a node." in line
 
 
 # Sweeps, copies

@@ -2,8 +2,8 @@
 """Refuse what cannot work before it waits in a queue; print what a job would be, and where each value comes from.
 
     python tools/preflight.py MACHINE STRATEGY [sbatch options] -- RECIPE [flags]
-    python tools/preflight.py h100 fsdp --nodes=4 --time=20:00:00 -A PROJECT@h100 -- recipes/vit.py --model L \\
-        --global_batch_size 4096
+    python tools/preflight.py h100 fsdp --nodes=4 --time=20:00:00 -A PROJECT@h100 -- recipes/vit.py \\
+        --data '$DSDIR/imagenet' --model L --image_size 224 --patch_size 16 --global_batch_size 4096
     python tools/preflight.py a100 ddp --array=1-4 -A PROJECT@a100 -- recipes/resnet.py @sweep.txt
 
 On a login node, without GPU or network. A value comes from the command line, else the environment, the #SBATCH headers
@@ -19,6 +19,7 @@ Zay wrote down, and on this machine.
 import argparse
 import difflib
 import functools
+import getpass
 import importlib
 import importlib.metadata
 import importlib.util
@@ -102,19 +103,65 @@ OPTIONS = {
     "constraint": ("-C", "SBATCH_CONSTRAINT"),
     "partition": ("-p", "SBATCH_PARTITION", "SLURM_JOB_PARTITION"),
     "array": ("-a", "SBATCH_ARRAY_INX", "SLURM_ARRAY_TASK_ID"),
-    "gpus-per-node": ("--gpus-per-node", "SBATCH_GPUS_PER_NODE"),
     "gres": ("--gres", "SBATCH_GRES"),
+    "gpus-per-node": ("--gpus-per-node", "SBATCH_GPUS_PER_NODE"),
+    "gpus": ("-G", "SBATCH_GPUS"),
+    "ntasks": ("-n",),
+    "cpus-per-task": ("-c", "SLURM_CPUS_PER_TASK"),
+    "chdir": ("-D",),
+    "job-name": ("-J", "SBATCH_JOB_NAME"),
+    "output": ("-o", "SBATCH_OUTPUT"),
+    "error": ("-e", "SBATCH_ERROR"),
+    "mem": ("--mem", "SBATCH_MEM_PER_NODE"),
+    "mem-per-cpu": ("--mem-per-cpu", "SBATCH_MEM_PER_CPU"),
+    "mem-per-gpu": ("--mem-per-gpu", "SBATCH_MEM_PER_GPU"),
+    "ntasks-per-node": ("--ntasks-per-node", "SLURM_NTASKS_PER_NODE"),
+    "ntasks-per-core": ("--ntasks-per-core",),
+    "ntasks-per-socket": ("--ntasks-per-socket",),
+    "ntasks-per-gpu": ("--ntasks-per-gpu",),
+    "gpus-per-task": ("--gpus-per-task", "SBATCH_GPUS_PER_TASK"),
+    "gpus-per-socket": ("--gpus-per-socket",),
+    "tres-per-task": ("--tres-per-task",),
+    "gpu-bind": ("--gpu-bind", "SBATCH_GPU_BIND"),
+    "tres-bind": ("--tres-bind",),
+    "cpus-per-gpu": ("--cpus-per-gpu", "SBATCH_CPUS_PER_GPU"),
+    "distribution": ("-m", "SBATCH_DISTRIBUTION"),
+    "export": ("--export", "SBATCH_EXPORT"),
+    "open-mode": ("--open-mode", "SBATCH_OPEN_MODE"),
+    "signal": ("--signal", "SBATCH_SIGNAL"),
+    "container": ("--container", "SBATCH_CONTAINER"),
+}
+# Of these only such values leave alone what slurm/launch.sh starts; what the others do, and what to do instead.
+LEAVE_OUT = "Leave it out: one launcher a node starts a process on each of its GPUs."
+USE_GRES = "Give --gres=gpu:N, N GPUs a node."
+FIXED = {
+    "ntasks-per-node": ("1", "starts several launchers on a node", LEAVE_OUT),
+    "ntasks-per-core": ("1", "starts several launchers on a node", LEAVE_OUT),
+    "ntasks-per-socket": ("1", "starts several launchers on a node", LEAVE_OUT),
+    "ntasks-per-gpu": ("", "starts several launchers on a node", LEAVE_OUT),
+    "gpus-per-task": ("", "gives the launcher of a node other GPUs than --gres", USE_GRES),
+    "gpus-per-socket": ("", "gives a node other GPUs than --gres", USE_GRES),
+    "tres-per-task": ("", "gives the launcher of a node other GPUs or cores than --gres", USE_GRES),
+    "gpu-bind": ("none", "hides GPUs of a node from its launcher", LEAVE_OUT),
+    "tres-bind": ("", "hides GPUs of a node from its launcher", LEAVE_OUT),
+    "cpus-per-gpu": ("", "excludes --cpus-per-task", "Give --cpus-per-task, all cores of a node that the job needs."),
+    "distribution": ("(?!arb).*", "changes the order of the nodes", "Leave it out."),
+    "export": ("ALL(,.*)?", "leaves your environment behind", "Give --export=ALL, perhaps with ,NAME=VALUE."),
+    "open-mode": ("a(ppend)?", "loses what the former starts of a job wrote", "Leave it out."),
+    "signal": (
+        "([BR]+:)?(SIG)?(USR1|USR2|CONT|10|12|18)(@[0-9]+)?",
+        "ends a job in another way than by a checkpoint and a requeue",
+        "Give --signal=B:USR1@SECONDS.",
+    ),
+    "container": ("", "runs slurm/launch.sh where there is no srun", "Leave it out."),
 }
 # The others that sbatch has, which change nothing here: with a value, with one that may be missing, without one.
 OTHERS = (
-    "acctg-freq batch bb bbf begin,-b chdir,-D cluster-constraint clusters,-M comment container container-id "
-    "core-spec,-S cores-per-socket cpu-freq cpus-per-gpu cpus-per-task,-c deadline delay-boot dependency,-d "
-    "distribution,-m error,-e exclude,-x export export-file extra extra-node-info,-B gid gpu-bind gpu-freq gpus,-G "
-    "gpus-per-socket gpus-per-task gres-flags hint input,-i job-name,-J kill-on-invalid-dep licenses,-L mail-type "
-    "mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nodefile,-F nodelist,-w ntasks,-n "
-    "ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket open-mode output,-o power prefer priority "
-    "profile reservation segment signal sockets-per-node switches thread-spec threads-per-core time-min tmp tres-bind "
-    "tres-per-task uid wait-all-nodes wckey",
+    "acctg-freq batch bb bbf begin,-b cluster-constraint clusters,-M comment container-id core-spec,-S "
+    "cores-per-socket cpu-freq deadline delay-boot dependency,-d exclude,-x export-file extra extra-node-info,-B gid "
+    "gpu-freq gres-flags hint input,-i kill-on-invalid-dep licenses,-L mail-type mail-user mcs-label mem-bind mincpus "
+    "network nodefile,-F nodelist,-w power prefer priority profile reservation segment sockets-per-node switches "
+    "thread-spec threads-per-core time-min tmp uid wait-all-nodes wckey",
     "exclusive get-user-env nice no-kill,-k propagate",
     "contiguous hold,-H ignore-pbs no-requeue overcommit,-O oversubscribe,-s parsable quiet,-Q reboot requeue "
     "spread-job stepmgr test-only use-min-nodes verbose,-v wait,-W",
@@ -232,7 +279,7 @@ def main(words: list[str]) -> int:
     plan, problems = read_command(words)
     skipped = os.environ.get("RECIPES_PREFLIGHT_SKIP", "").split(",")
     optional = [check for check in (accounts, limits, caches, versions, quotas) if check.__name__ not in skipped]
-    for check in [] if problems else [topology, read_recipe, read_tasks, tasks, *optional]:
+    for check in [] if problems else [launching, cores, topology, read_recipe, read_tasks, tasks, *optional]:
         problems += check(plan)
     if not problems and plan.memory and plan.tasks[0].run_config:
         problems += memory(plan)
@@ -305,10 +352,7 @@ def unknown_options(words: list[str]) -> Iterator[str]:
 
 def resolve(machine: str, words: list[str], in_job: bool) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Each option's value and origin: the command line, else the environment, else the script's headers."""
-    header = ROOT / f"slurm/{machine}.slurm"
-    lines = [line[8:] for line in header.read_text().splitlines() if line.startswith("#SBATCH ")]
-    headers, _ = parse_options([word for line in lines for word in shlex.split(line, comments=True)])
-    options = {name: (value, f"slurm/{header.name}") for name, value in headers.items()}
+    options = {name: (value, f"slurm/{machine}.slurm") for name, value in headers(machine).items()}
     if in_job:
         options.pop("time", None)  # sbatch may have been given another
     for name, (_, *variables) in OPTIONS.items():
@@ -317,6 +361,13 @@ def resolve(machine: str, words: list[str], in_job: bool) -> tuple[dict[str, tup
                 options[name] = os.environ[variable], f"${variable}"
     given, others = parse_options(words)
     return options | {name: (value, "command line") for name, value in given.items()}, others
+
+
+def headers(machine: str) -> dict[str, str]:
+    """Return the options in the #SBATCH lines of the machine's script."""
+    lines = (ROOT / f"slurm/{machine}.slurm").read_text().splitlines()
+    words = (shlex.split(line[8:], comments=True) for line in lines if line.startswith("#SBATCH "))
+    return parse_options([*itertools.chain(*words)])[0]
 
 
 def gpus_of(gres: str) -> int:
@@ -333,9 +384,8 @@ def read_values(plan: Plan) -> Iterator[str]:
         yield f"--nodes {nodes} is not one number. Give how many nodes the job has."
     else:
         plan.nodes = int(nodes)
-    per_node, gres = plan.options.get("gpus-per-node"), plan.options.get("gres")
-    text, origin = per_node or gres or (f"gpu:{plan.facts.gpus}", "the machine")
-    plan.gpus = gpus_of(f"gpu:{text}" if per_node else text), origin
+    text, origin = plan.options.get("gres", (f"gpu:{plan.facts.gpus}", "the machine"))
+    plan.gpus = gpus_of(text), origin
     if not 0 < plan.gpus[0] <= plan.facts.gpus:
         what = "exceeds a node" if plan.gpus[0] else "gives no GPU"
         yield f"--gres={text} {what} of {plan.machine}. Give --gres=gpu:N, with N from 1 to {plan.facts.gpus}."
@@ -364,6 +414,50 @@ def read_values(plan: Plan) -> Iterator[str]:
 # What the machine asks for
 
 
+def launching(plan: Plan) -> Iterator[str]:
+    """Refuse options that change what slurm/launch.sh starts, or where; a job that runs has its place and its log."""
+    for name, (harmless, what, remedy) in FIXED.items():
+        value, origin = plan.options.get(name, ("", ""))
+        if value and not re.fullmatch(harmless, value) and (name == "ntasks-per-node" or not plan.in_job):
+            yield f"--{name}={value} ({origin}) {what}. {remedy}"
+    if plan.in_job:
+        return
+    total = plan.nodes * gpus_of(plan.option("gres") or f"gpu:{plan.facts.gpus}")
+    for name, wanted in (("ntasks", plan.nodes), ("gpus", total), ("gpus-per-node", total // plan.nodes)):
+        value = plan.option(name)
+        if value and value.rpartition(":")[2] != str(wanted):
+            remedy = "--nodes=N alone" if name == "ntasks" else "--nodes=N and --gres=gpu:N, N GPUs a node"
+            yield f"--{name}={value} is not the {wanted} that the other options ask for. Give {remedy}."
+    yield from places(plan)
+
+
+def places(plan: Plan) -> Iterator[str]:
+    """Go where --chdir leads; refuse a log whose folder is not there: Slurm ends such a job without a word."""
+    folder = plan.option("chdir")
+    if folder and not Path(folder).is_dir():
+        yield f"--chdir={folder} is no folder. Make it, or leave the option out."
+    elif folder:
+        os.chdir(folder)
+    known = {"x": plan.option("job-name"), "u": getpass.getuser(), "%": "%"}
+    for name in ("output", "error"):
+        pattern, origin = plan.options.get(name, ("", ""))
+        log = Path(re.sub("%([xu%])", lambda match: known[match[1]], pattern))
+        if pattern and (not log.parent.is_dir() or log.is_dir()):
+            yield f"--{name}={pattern} ({origin}) is no file in a folder that exists, and Slurm makes none. Make it."
+
+
+def cores(plan: Plan) -> Iterator[str]:
+    """Refuse more cores than a node has, and name a share that is too small for the launcher's processes."""
+    value, most = plan.option("cpus-per-task"), int(headers(plan.machine).get("cpus-per-task", 0))
+    if not value or not most:
+        return
+    if not value.isdigit() or not 0 < int(value) <= most:
+        yield f"--cpus-per-task={value} does not fit into the {most} cores of a node. Give at most {most}."
+    elif int(value) < (share := most * min(plan.gpus[0], plan.facts.gpus) // plan.facts.gpus):
+        of_all = f"is for all {plan.gpus[0]} processes of a node, whose share is {share} cores"
+        plan.notes.append(f"warning: --cpus-per-task={value} {of_all}. Give --cpus-per-task={share}.")
+
+
 def accounts(plan: Plan) -> Iterator[str]:
     """Account, and the options that select the nodes; a job that runs has been let in."""
     account, (name, value) = plan.option("account"), plan.facts.select
@@ -388,12 +482,16 @@ def accounts(plan: Plan) -> Iterator[str]:
 def limits(plan: Plan) -> Iterator[str]:
     """Time and GPUs of the partition and the QoS."""
     facts, time, hours, gpus = plan.facts, plan.option("time"), plan.seconds / 3600, plan.world_size
+    asked = [name for name in ("mem", "mem-per-cpu", "mem-per-gpu") if plan.option(name) not in ("", "0")]
     names = {facts.qos + level: QOS[level] for level in QOS if (plan.machine, level) != ("a100", "t4")}
     name = plan.option("qos") or facts.qos + DEFAULT_QOS
     shown = name if plan.option("qos") else f"{name}, the default QoS"
     out_of_date = "or RECIPES_PREFLIGHT_SKIP=limits where this is out of date"
     if plan.in_job:
         return
+    if asked:
+        what = f"--{asked[0]}={plan.option(asked[0])}: Jean Zay gives a job memory with its cores"
+        yield f"{what}. Leave it out, and give --cpus-per-task, {out_of_date}."
     if name not in names:
         yield f"no QoS {name} of {plan.machine} is known. The nearest is {nearest(name, names)}, {out_of_date}."
         return
@@ -428,16 +526,14 @@ def caches(plan: Plan) -> Iterator[str]:
 
 
 def versions(plan: Plan) -> Iterator[str]:
-    """The lower bounds of pyproject.toml, and of the block at the recipe's head."""
-    block = plan.module and re.search(r"^# /// script\n((?:#.*\n)*?)# ///$", plan.recipe.read_text(), re.M)
-    needs = [tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))] if block else []
-    if (ROOT / "pyproject.toml").exists():  # not beside a copied tool
-        needs.append(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
-    python = platform.python_version()
-    for bounds in {each.get("requires-python", "") for each in needs}:
-        if not SpecifierSet(bounds).contains(python):
-            yield f"Python {python} is not {bounds}. Load another module."
-    lines = {line for each in needs for line in each.get("dependencies", [])}
+    """The bounds of the block at the recipe's head (PEP 723), and of nothing else: each recipe has its own."""
+    text = plan.recipe.read_text() if plan.recipe.is_file() else ""
+    block = re.search(r"^# /// script\n((?:#.*\n)*?)# ///$", text, re.M)
+    needs = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M)) if block else {}
+    python, bounds = platform.python_version(), needs.get("requires-python", "")
+    if not SpecifierSet(bounds).contains(python):
+        yield f"Python {python} is not {bounds}. Load another module."
+    lines = {*needs.get("dependencies", [])}
     for need in map(Requirement, sorted(lines | ({"deepspeed"} if plan.kind.startswith("zero") else set()))):
         if need.marker and not need.marker.evaluate():
             continue
@@ -629,7 +725,7 @@ def variables(plan: Plan, task: Task) -> Iterator[str]:
 
 def cut(plan: Plan, task: Task) -> Iterator[str]:
     """The sizes of tensor and pipeline parallelism, and what the recipe itself says to them."""
-    (tensor, pipeline, size), recipe, vit = plan.sizes(task), plan.module, plan.shared("vit")
+    (tensor, pipeline, size), recipe = plan.sizes(task), plan.module
     flags = " x ".join(f"--{name} {getattr(task.config, name)}" for name in SIZES if hasattr(task.config, name))
     if tensor > plan.gpus[0] or plan.gpus[0] % tensor:
         gpus = plan.gpus[0]
@@ -642,8 +738,8 @@ def cut(plan: Plan, task: Task) -> Iterator[str]:
     elif hasattr(recipe, "refuse"):
         recipe.refuse(task.config, network(plan, task).config)
     elif hasattr(task.config, "pretrained"):
-        vit.network_sizes(task.config)
-    blocks = vit.network_sizes(task.config)[0] if pipeline > 1 else 0
+        plan.shared("vit").network_sizes(task.config)
+    blocks = plan.shared("vit").network_sizes(task.config)[0] if pipeline > 1 else 0
     if blocks % pipeline:
         plan.notes.append(f"warning: {blocks} blocks over {pipeline} stages: the larger ones keep the others waiting.")
 
@@ -660,8 +756,12 @@ def start(plan: Plan, task: Task) -> None:
         plan.shared("accelerator").split_batch(size or 1, config.global_batch_size, config.gradient_accumulation_steps)
 
 
-def data(plan: Plan, task: Task) -> None:
-    """That it is there, and that a batch does not exceed it."""
+def data(plan: Plan, task: Task) -> Iterator[str]:
+    """That it is there, that a batch does not exceed it, and that nobody forgot it on several nodes."""
+    given = any(word.split("=")[0] == "--data" for word in task.words)
+    if task.run_config and task.run_config.data == "digits" and plan.nodes > 1 and not given:
+        what = f"without --data the {plan.nodes} nodes train on 1,797 embedded digits"
+        yield f"{what}. Give --data FOLDER, or --data digits where you mean them."
     if task.run_config and "$" not in task.run_config.data:
         steps_per_epoch(plan, task)
 
@@ -697,11 +797,12 @@ def network(plan: Plan, task: Task):
     """The recipe's model without memory; 1,000 classes where the data is not looked at."""
     import torch
 
-    vit, recipe, config, many = plan.shared("vit"), plan.module, task.config, 1000
+    recipe, config, many = plan.module, task.config, 1000
     if task.run_config.data == "digits":
         many = 10
 
     def plain(folder=None, *_):
+        vit = plan.shared("vit")
         if not folder:
             return vit.VisionTransformer(vit.vit_config(config.model, config.image_size, config.patch_size, many, 0.0))
         settings = vit._read_config(folder)
@@ -716,7 +817,7 @@ def network(plan: Plan, task: Task):
                 return recipe.build_model(config, many, *[0 for name in names[2:]])
         # vit_zero.py and vit_tp_by_hand.py cut weights as they make them, which takes processes.
         pretrained = getattr(config, "pretrained", "")
-        return plain(vit.find_pretrained(pretrained) if pretrained else None)
+        return plain(plan.shared("vit").find_pretrained(pretrained) if pretrained else None)
 
 
 def memory(plan: Plan) -> Iterator[str]:
