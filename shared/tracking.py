@@ -36,6 +36,7 @@ from .checkpoint import (
 )
 from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch
+from .data.decode import decoder
 from .interruption import Interruption
 from .run_folder import (
     MetricsFile,
@@ -138,6 +139,9 @@ class Run:
         self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def _begin_files(self, classes: list[str]) -> None:
+        former = read_json(self.folder / "config.json").get("decoder", decoder())
+        if former != decoder():
+            say(f"warning: images were decoded by {former}, now by {decoder()}; their pixels are the same", sys.stderr)
         with writing(self.folder):
             write_json(self.folder / "config.json", self._description(classes))
             if self.checkpoint is None:
@@ -171,6 +175,7 @@ class Run:
             "data_parallel_size": data_parallel(accelerator)[1],
             "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
             "threads": torch.get_num_threads(),
+            "decoder": decoder(),
             "steps_per_epoch": self.epoch_steps,
             "classes": classes,
             "shared": str(Path(__file__).with_name("__init__.py")),

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""crop_jpeg.c gives, to the bit, what the libraries that it stands in for give; without it everything else works."""
+"""Each decoder gives the same pixels, to the bit, of the same crop; what none can decode has a reason."""
 
 import io
+import json
+import struct
 import subprocess
 import sys
+import zlib
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
-from PIL import Image
+from conftest import ROOT, environment, train
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from shared.data import decode, native
@@ -70,20 +74,29 @@ def outcome(image: bytes, crop: Crop, size: int) -> bytes | str:
     return out.numpy().tobytes()
 
 
+def by_each(cases: list[tuple[bytes, Crop, int]]) -> list[list[bytes | str]]:
+    """The outcomes of all cases by crop_jpeg.c, by simplejpeg and by PIL."""
+    outcomes = []
+    for missing in ((), ("native",), ("native", "simplejpeg")):
+        with pytest.MonkeyPatch.context() as patch:
+            for library in missing:
+                patch.setattr(decode, library, None)
+            outcomes.append([outcome(*case) for case in cases])
+    return outcomes
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_crops_are_those_of_simplejpeg_and_torch_to_the_bit(library, sampling, monkeypatch):
-    draws, ours = np.random.default_rng(SAMPLINGS.index(sampling)), []
+def test_every_decoder_gives_the_same_pixels(library, sampling):
+    draws = np.random.default_rng(SAMPLINGS.index(sampling))
     cases = [(*random_jpeg(draws, sampling), int(draws.integers(32, 257))) for _ in range(60)]
     same = encoded(piece(draws, 100, 100), sampling, 90)
     cases += [(same, Crop(7, 11, 71, 75), 64), (same, Crop(0, 0, 64, 99), 64)]  # nothing to resize, in both or one
     cases += [(same, Crop(1, 2, 1 + side, 99), side // scale) for scale, side in ((2, 67), (4, 66), (8, 97))]  # scaled
-    for image, crop, size in cases:
-        taken = sampling != "progressive" or decode.plain_jpeg(image) is None
-        assert bool(library.jpeg_size(image, len(image))) == taken
-        ours.append(outcome(image, crop, size))
-    monkeypatch.setattr(decode, "native", None)
-    for (image, crop, size), pixels in zip(cases, ours, strict=True):
-        assert pixels == outcome(image, crop, size), (sampling, crop, size)
+    assert all((sampling != "progressive") == bool(library.jpeg_size(image, len(image))) for image, *_ in cases)
+    ours, *others = by_each(cases)
+    for case, pixels, *theirs in zip(cases, ours, *others, strict=True):
+        assert theirs == [pixels] * 2, (sampling, *case[1:])
+    assert all(isinstance(pixels, bytes) for pixels in ours)
 
 
 def test_the_portable_c_gives_the_same(library, tmp_path, monkeypatch):
@@ -101,7 +114,7 @@ def test_the_portable_c_gives_the_same(library, tmp_path, monkeypatch):
         assert torch.equal(*out)
 
 
-def test_torn_images_are_judged_as_without_it(library, monkeypatch):
+def test_damaged_images_are_judged_alike_by_every_decoder(library):
     draws, cases = np.random.default_rng(0), []
     whole = encoded(piece(draws, 120, 150), "4:2:0", 90)
     start = whole.index(b"\xff\xda")
@@ -110,12 +123,10 @@ def test_torn_images_are_judged_as_without_it(library, monkeypatch):
         wrong = bytes([0xFF, draws.integers(256)]) if number % 3 == 1 else draws.bytes(2)
         image = whole[:place] if number % 3 == 0 else whole[:place] + wrong + whole[place + 2 :]
         left, top = int(draws.integers(100)), int(draws.integers(80))
-        cases.append((image, Crop(left, top, left + 50, top + 40)))
-    cases += [(whole[:place] + b"\xff\xd9", Crop(0, 0, 150, 120)) for place in range(2, len(whole), 97)]
-    ours = [outcome(image, crop, 32) for image, crop in cases]
-    monkeypatch.setattr(decode, "native", None)
-    theirs = [outcome(image, crop, 32) for image, crop in cases]
-    assert ours == theirs
+        cases.append((image, Crop(left, top, left + 50, top + 40), 32 if number % 2 else 12))  # 12: scaled
+    cases += [(whole[:place] + b"\xff\xd9", Crop(0, 0, 150, 120), 32) for place in range(2, len(whole), 97)]
+    ours, *others = by_each(cases)
+    assert others == [ours] * 2
     assert sum(isinstance(result, str) for result in ours) > 20
     assert sum(isinstance(result, bytes) for result in ours) > 20
 
@@ -125,6 +136,186 @@ def test_what_is_not_within_the_image_is_refused(library):
     for box in ((-1, 0, 9, 9), (0, 0, 61, 50), (0, 0, 60, 51), (5, 5, 5, 9), (9, 9, 8, 8)):
         assert library.crop_jpeg(image, len(image), *box, 1, 8, out.data_ptr()) != 0
     assert not out.any()
+
+
+# Which way is up
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def exif(orientation: int, order: str = "<", kind: int = 3) -> bytes:
+    """kind: 3 is SHORT, 4 is LONG."""
+    value = struct.pack(*((order + "I", orientation) if kind == 4 else (order + "HH", orientation, 0)))
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, 1)
+    return b"Exif\0\0" + head + struct.pack(f"{order}HHI", 0x112, kind, 1) + value + bytes(4)
+
+
+BEFORE = {
+    "nothing": b"",
+    "XMP": segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>" + b" " * 6000),
+    "a profile": segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(60000)) * 2,
+    "Photoshop's": segment(0xED, b"Photoshop 3.0\0" + b"8BIM" + bytes(7000)),
+    "fill bytes": b"\xff\xff",
+}
+XMP = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="8"/>')
+
+
+def uprighted(image: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(image)) as file:
+        return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+
+
+def test_exif_is_found_wherever_it_stands_and_every_decoder_obeys():
+    plain = encoded(PHOTOS[0][:40, :56], "4:4:4", 90)
+    headers = [before + segment(0xE1, exif(6)) for before in BEFORE.values()]
+    headers += [segment(0xE1, exif(*form)) for form in product((1, 2, 3, 4, 5, 7, 8), "<>", (3, 4))]
+    headers += [XMP, segment(0xE1, exif(3)) + XMP, segment(0xE1, exif(9)), b""]
+    for header in headers:
+        image = plain[:2] + header + plain[2:]
+        upright = uprighted(image)
+        view = Crop(0, 0, 40, 40)
+        pixels = torch.zeros(40, 40, 3, dtype=torch.uint8)
+        decode._resize(upright[:40, :40], pixels)
+        assert by_each([(image, view, 40)]) == [[pixels.numpy().tobytes()]] * 3, header[:20]
+
+
+def test_damage_within_exif_leaves_the_image_to_every_decoder():
+    draws, cases = np.random.default_rng(0), []
+    plain = encoded(PHOTOS[0][:64, :64], "4:2:0", 90)
+    for _ in range(60):
+        content = np.frombuffer(exif(6), np.uint8).copy()
+        content[draws.integers(6, len(content), 3)] = draws.integers(0, 256, 3)
+        header = segment(0xE1, content.tobytes()[: draws.integers(6, len(content) + 1)])
+        cases.append((plain[:2] + header + plain[2:], Crop(0, 0, 64, 64), 16))
+    ours, *others = by_each(cases)
+    assert others == [ours] * 2
+    assert not any(isinstance(pixels, str) for pixels in ours)
+    assert len(set(ours)) > 1  # some still turn it
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "MPO"])
+def test_other_formats_are_turned_as_well(kind):
+    tags = Image.Exif()
+    tags[0x112] = 6
+    file = io.BytesIO()
+    picture = Image.fromarray(PHOTOS[0][:40, :56])
+    more = {"WEBP": {"lossless": True}, "MPO": {"save_all": True, "append_images": [picture.rotate(180)]}}
+    picture.save(file, kind, exif=tags, **more.get(kind, {}))
+    upright = uprighted(file.getvalue())
+    assert upright.shape == (56, 40, 3)
+    pixels = torch.zeros(40, 40, 3, dtype=torch.uint8)
+    decode._resize(upright[8:48], pixels)
+    assert by_each([(file.getvalue(), Crop(0, 8, 40, 48), 40)]) == [[pixels.numpy().tobytes()]] * 3
+
+
+# Other pixels than 8 bits a channel, other formats
+
+
+def tiff(rows: bytes, bits: int, photometric: int = 1, sample_format: int = 1, order: str = "<") -> bytes:
+    """64 x 64 grey pixels."""
+    values = {256: 64, 257: 64, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 64, 279: len(rows)}
+    values[339] = sample_format
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values.items())
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(rows))
+    return head + rows + struct.pack(f"{order}H", len(values)) + entries + bytes(4)
+
+
+def png(values: np.ndarray, colour: int) -> bytes:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+EIGHT = (RAMP >> 8).astype(np.uint8)
+COLOURS = np.stack([RAMP] * 3, 2)
+GREY = {
+    "png": png(RAMP, 0),
+    "png, colours": png(COLOURS, 2),
+    "png, alpha": png(np.stack([RAMP, RAMP[:, ::-1]], 2), 4),
+    "tiff": tiff(RAMP.astype("<u2").tobytes(), 16),
+    "tiff, the other byte first": tiff(RAMP.astype(">u2").tobytes(), 16, order=">"),
+    "tiff, white is 0": tiff((65535 - RAMP).astype("<u2").tobytes(), 16, photometric=0),
+    "tiff, packed": saved(Image.fromarray(RAMP), "TIFF", compression="tiff_lzw"),
+    "pgm": b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes(),
+    "pgm of 12 bits": b"P5 64 64 4095\n" + (RAMP >> 4).astype(">u2").tobytes(),
+    "ppm": b"P6 64 64 65535\n" + COLOURS.astype(">u2").tobytes(),
+    "8 bits and alpha": saved(Image.fromarray(np.stack([EIGHT, EIGHT[:, ::-1]], 2)), "PNG"),
+    "palette": saved(Image.fromarray(EIGHT).convert("P"), "PNG", transparency=bytes(range(256))),
+    "gif": saved(Image.fromarray(EIGHT), "GIF", save_all=True, append_images=[Image.fromarray(255 - EIGHT)]),
+    "webp": saved(Image.fromarray(np.stack([EIGHT] * 4, 2)), "WEBP", lossless=True, exact=True),
+    "bmp": saved(Image.fromarray(EIGHT), "BMP"),
+    "cmyk": saved(Image.fromarray(np.stack([EIGHT] * 3, 2)).convert("CMYK"), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_a_ramp_from_black_to_white_is_one_in_every_format(name, recwarn):
+    pixels = outcome(GREY[name], Crop(0, 0, 64, 64), 64)
+    shown = np.frombuffer(pixels, np.uint8).reshape(64, 64, 3).astype(int)
+    assert np.abs(shown - EIGHT[..., None]).max() <= (name == "ppm")  # PIL rounds these to 8 bits
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (saved(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32-bit integers .PIL's mode I"),
+        (tiff(RAMP.astype("<u2").tobytes(), 16, sample_format=2), "signed or 32-bit integers"),
+        (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point numbers .PIL's mode F"),
+        (saved(Image.fromarray(RAMP.astype(np.float32)), "PPM"), "floating-point numbers"),
+        (saved(Image.fromarray(EIGHT), "EPS"), "it is none of JPEG, PNG,"),  # which PIL has Ghostscript run
+        (saved(Image.fromarray(EIGHT), "ICO"), "it is none of JPEG, PNG,"),
+    ],
+    ids=["integers", "signed", "floats", "PFM", "EPS", "ICO"],
+)
+def test_what_has_no_certain_meaning_is_refused_by_its_reason(image, reason):
+    with pytest.raises(ValueError, match=reason):
+        render(image, lambda width, height, seed: Crop(0, 0, 8, 8), 0, torch.zeros(8, 8, 3, dtype=torch.uint8))
+
+
+def test_pack_converts_sixteen_bits_by_the_same_rule(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import pack
+
+    for part, name in (("train", "png"), ("train", "tiff"), ("val", "pgm")):
+        (tmp_path / "data" / part / "ramp").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / part / "ramp" / f"{name}.png").write_bytes(GREY[name])
+    source, _ = pack.open_source(str(tmp_path / "data"), 0)
+    for number in range(2):
+        image, kind = pack.encoded(source, pack.argparse.Namespace(max_side=32, quality=100), number)
+        with Image.open(io.BytesIO(image)) as file:
+            shown = np.asarray(file.convert("RGB")).astype(int)
+        assert (kind, shown.shape) == ("jpg", (32, 32, 3))
+        assert np.abs(shown[16, :, 0] - EIGHT[0, ::2]).max() < 12
+
+
+# The record
+
+
+def test_the_decoder_is_recorded_and_another_one_is_said(runs, server):
+    flags = ["--report_to", "none", "--num_workers", "0", "--checkpointing_steps", "1", "--image_size", "8"]
+    first = train(runs / "decoder", *flags, "--max_steps", "1", server=server)
+    assert first.config["decoder"] == decode.decoder()
+    assert "decoded by" not in first.text
+    (first.folder / "config.json").write_text(json.dumps(first.config | {"decoder": "pillow 9.5.0"}))
+    second = train(first.folder, *flags, "--max_steps", "2", server=server)
+    line = f"warning: images were decoded by pillow 9.5.0, now by {decode.decoder()}; their pixels are the same"
+    assert second.text.count(line) == 1
+    assert second.summary["steps"] == 2
 
 
 # Making the library

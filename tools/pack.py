@@ -37,12 +37,12 @@ from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from shared.config import UserError
 from shared.data import Source, open_data
-from shared.data.decode import opened
+from shared.data.decode import opened, upright
 from shared.data.index import NAME as INDEX
 from shared.data.index import Index
 from shared.data.order import random_bits
@@ -308,7 +308,7 @@ def encoded(source: Source, arguments: argparse.Namespace, number: int) -> tuple
         with opened(image) as file:
             kind = file.format
             if arguments.max_side and max(file.size) > arguments.max_side:
-                file = ImageOps.exif_transpose(file).convert("RGB")
+                file = upright(image, file)
                 file.thumbnail((arguments.max_side, arguments.max_side), Image.Resampling.BICUBIC)
                 return saved(file, "JPEG", quality=arguments.quality), "jpg"
         # MPO: a telephone's JPEG with a second picture behind it.

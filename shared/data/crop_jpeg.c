@@ -33,17 +33,22 @@ static int has_a_place(int marker)
            (marker >= 0xd9 && marker <= 0xdb) || marker == 0xdd || marker == 0xfe;
 }
 
-// Width << 16 | height of a sequential JPEG that has its end and no stray markers; else 0.
-uint32_t jpeg_size(const uint8_t *image, size_t length)
+const int libjpeg_turbo = LIBJPEG_TURBO_VERSION_NUMBER;
+
+// Width << 16 | height of a sequential JPEG that has its end and no stray markers; else 0. Bit 32 is set where its
+// header has a segment of Exif's kind.
+uint64_t jpeg_size(const uint8_t *image, size_t length)
 {
-    uint32_t size = 0;
+    uint64_t size = 0, exif = 0;
     size_t place = 2;
     if (length < 4 || memcmp(image, "\xff\xd8", 2) || memcmp(image + length - 2, "\xff\xd9", 2)) return 0;
     for (int marker = 0; marker != 0xda; place += 2 + two_bytes(image + place + 2)) { // the header's segments
         if (place + 9 > length || image[place] != 0xff) return 0;
         marker = image[place + 1];
         if (marker == 0xc0 || marker == 0xc1)
-            size = two_bytes(image + place + 7) << 16 | two_bytes(image + place + 5);
+            size = (uint64_t)two_bytes(image + place + 7) << 16 | two_bytes(image + place + 5);
+        else if (marker == 0xe1)
+            exif = (uint64_t)1 << 32;
         else if (marker != 0xc4 && (marker < 0xda || marker == 0xff))
             return 0;
     }
@@ -51,7 +56,7 @@ uint32_t jpeg_size(const uint8_t *image, size_t length)
         if (!(at = memchr(at, 0xff, end - at))) break;
         if (!has_a_place(at[1])) return 0;
     }
-    return size >> 16 && size & 0xffff ? size : 0;
+    return size >> 16 && size & 0xffff ? size | exif : 0;
 }
 
 // Resizing. An output pixel is a weighted mean of the input pixels that a triangle over it covers; weights are integers

@@ -3,7 +3,11 @@
 
 JPEGs go through libjpeg-turbo, which decodes the rows and columns of the crop alone and stops below it: by crop_jpeg.c
 where it can be compiled, which also resizes; else simplejpeg decodes the whole image. All else goes through PIL, which
-reads JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library.
+reads JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library, from the same
+crop, at the same scale.
+
+Transparency is dropped, not blended: the colours below it are what the file holds. Of 16 bits a channel the upper 8
+are kept. Of an animation the first picture counts.
 """
 
 import contextlib
@@ -14,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
+from PIL import __version__ as pillow
 from torch import Tensor
 
-from .native import load
+from .native import libjpeg_version, load
 
 try:
     import simplejpeg
@@ -25,10 +30,16 @@ except ImportError:
     simplejpeg = None
 native = load()  # here, so that worker processes are forked with it
 
+# PIL's names of what is read; others of its readers run programs (EPS) or are seldom tried. JPEG includes MPO.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
 END_OF_IMAGE = b"\xff\xd9"
 # A marker that has no place in compressed data: something else was written over a part of the file.
 STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
 MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
+METHODS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+PIXELS = {"I": "signed or 32-bit integers (PIL's mode I)", "F": "floating-point numbers (PIL's mode F)"}
+TURNS = {orientation: Image.Transpose[method] for orientation, method in enumerate(METHODS, 2)}  # Exif's, to upright
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # as PIL looks for it
 
 
 class Crop(NamedTuple):
@@ -44,6 +55,13 @@ class Crop(NamedTuple):
 View = Callable[[int, int, int], Crop]  # of width, height and the sample's augmentation seed
 
 
+def decoder() -> str:
+    """Name the library that decodes JPEGs on this machine, for records; the others take what it leaves to them."""
+    if native:
+        return f"crop_jpeg.c with libjpeg-turbo {libjpeg_version(native)}"
+    return f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"pillow {pillow}"
+
+
 def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> bool:
     """Write the view of an image into out: (size, size, 3) uint8, by one antialiased bilinear resize of its crop.
     Returns whether the view is mirrored, which is left to the device.
@@ -53,13 +71,10 @@ def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> boo
     if native and isinstance(image, bytes) and (crop := _crop_natively(image, view, seed, out)):
         return crop.mirrored
     if isinstance(image, np.ndarray):
-        crop = view(image.shape[1], image.shape[0], seed)
-        pixels = image
-    elif simplejpeg and (found := plain_jpeg(image)):
-        pixels, crop = _decode_jpeg(image, *found, view, seed, out.shape[0])
+        pixels, crop = image, view(image.shape[1], image.shape[0], seed)
     else:
-        pixels = _decode_any(image)
-        crop = view(pixels.shape[1], pixels.shape[0], seed)
+        size = out.shape[0]
+        pixels, crop = _by_simplejpeg(image, view, seed, size) or _by_pil(image, view, seed, size)
     _resize(pixels[crop.top : crop.bottom, crop.left : crop.right], out)
     return crop.mirrored
 
@@ -73,11 +88,7 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     _refuse_bomb(width, height)
-    return None if _is_turned(image) or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
-
-
-def _is_turned(jpeg: bytes) -> bool:
-    return jpeg.find(b"Exif\0\0", 0, 4096) >= 0 and _orientation(jpeg) != 1
+    return None if _jpeg_orientation(image) != 1 or colours not in ("YCbCr", "RGB", "Gray") else (height, width)
 
 
 def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
@@ -91,49 +102,112 @@ def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
     return Crop(left, top, min(right, width), min(bottom, height), crop.mirrored), scale
 
 
+def _shrunk(crop: Crop, scale: int) -> Crop:
+    """The crop in the image that was divided by scale."""
+    return crop if scale == 1 else Crop(*(-(-edge // scale) for edge in crop[:4]), crop.mirrored)
+
+
 def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | None:
     """Into out, by crop_jpeg.c; None, and then out holds nothing of use, where it leaves the image to others."""
     assert out.is_contiguous()
     if not (shape := native.jpeg_size(image, len(image))):
         return None
-    width, height, size = shape >> 16, shape & 0xFFFF, out.shape[0]
+    width, height, size = shape >> 16 & 0xFFFF, shape & 0xFFFF, out.shape[0]
     _refuse_bomb(width, height)
-    if _is_turned(image):
+    if shape >> 32 and _jpeg_orientation(image) != 1:
         return None
     crop, scale = scaled(view(width, height, seed), size, width, height)
-    box = crop[:4] if scale == 1 else (-(-edge // scale) for edge in crop[:4])
+    box = _shrunk(crop, scale)[:4]
     return None if native.crop_jpeg(image, len(image), *box, scale, size, out.data_ptr()) else crop
 
 
-def _decode_jpeg(image: bytes, height: int, width: int, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
-    """The decoded image, scaled where the crop allows it, and the crop in it."""
+def _by_simplejpeg(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop] | None:
+    """The decoded image, scaled where the crop allows it, and the crop in it; None leaves it to PIL."""
+    if not simplejpeg or not (found := plain_jpeg(image)):
+        return None
+    height, width = found
     crop, scale = scaled(view(width, height, seed), size, width, height)
     limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
     try:
-        pixels = simplejpeg.decode_jpeg(image, "RGB", **limits)
+        return simplejpeg.decode_jpeg(image, "RGB", **limits), _shrunk(crop, scale)
     except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
-        return _decode_any(image), crop
-    return pixels, Crop(*(-(-edge // scale) for edge in crop[:4]), crop.mirrored)
+        return None
+
+
+def _by_pil(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
+    """The decoded image, upright, scaled as by simplejpeg, and the crop in it."""
+    with opened(image) as file:
+        if file.format not in ("JPEG", "MPO") or _jpeg_orientation(image) != 1:
+            pixels = np.array(upright(image, file))
+            return pixels, view(pixels.shape[1], pixels.shape[0], seed)
+        width, height = file.size
+        crop, scale = scaled(view(width, height, seed), size, width, height)
+        file.draft(None, (width // scale, height // scale))  # by the greatest of 1, 2, 4 and 8 that leaves as many
+        pixels = np.array(file.convert("RGB"))
+    assert pixels.shape[:2] == (-(-height // scale), -(-width // scale)), "PIL took another scale"
+    return pixels, _shrunk(crop, scale)
+
+
+def segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """The marker of each segment of the header, up to the compressed data, and where its content begins and ends."""
+    place = 2
+    while (place := jpeg.find(b"\xff", place)) >= 0 and place + 4 <= len(jpeg):
+        marker = jpeg[place + 1]
+        if marker == 0xFF:  # it fills a gap
+            place += 1
+            continue
+        begin, place = place + 4, place + 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+        yield marker, begin, place
+        if marker == 0xDA:
+            return
 
 
 def intact(image: bytes) -> bool:
     """Whether a JPEG may be decoded in part: it has its end, and no other file's bytes within its data."""
-    place = 2
-    while image[place : place + 1] == b"\xff" and image[place + 1 : place + 2] != b"\xda":  # segments
-        place += 2 + int.from_bytes(image[place + 2 : place + 4])
-    place += 2 + int.from_bytes(image[place + 2 : place + 4])
-    return image.endswith(END_OF_IMAGE) and not STRAY.search(image, place)
+    begin = max((end for *_, end in segments(image)), default=2)
+    return image.endswith(END_OF_IMAGE) and not STRAY.search(image, begin)
 
 
-def _decode_any(image: bytes) -> np.ndarray:
-    """By PIL: upright, RGB, all of it."""
-    with opened(image) as file:
-        return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+# Which way is up
 
 
-def _orientation(image: bytes) -> int:
-    with opened(image) as file:
+def _orientation(image: bytes, file: Image.Image) -> int:
+    """1 to 8, as Exif numbers them; 1 where nothing tells. file: the same image, opened and loaded."""
+    if file.format in ("JPEG", "MPO"):
+        return _jpeg_orientation(image)
+    with contextlib.suppress(Exception):  # a damaged Exif
         return file.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def _jpeg_orientation(jpeg: bytes) -> int:
+    """As Exif or, if that does not tell, XMP says, wherever they stand in the header; of a damaged Exif what can be
+    read counts."""
+    found = {}
+    for marker, begin, end in segments(jpeg):
+        if marker == 0xE1:
+            name, _, content = jpeg[begin:end].partition(b"\0")
+            found.setdefault(name, content)
+    orientation = _exif_orientation(found.get(b"Exif", b"")[1:])
+    if orientation is None and (text := XMP_ORIENTATION.search(found.get(b"http://ns.adobe.com/xap/1.0/", b""))):
+        orientation = int(text[1])
+    return orientation if orientation in TURNS else 1
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """The tag's value in the first directory of Exif, which is a TIFF without an image; None where there is none."""
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(exif[place : place + size], "big" if exif.startswith(b"MM") else "little")
+
+    first = number(4, 4)
+    for entry in range(first + 2, min(first + 2 + 12 * number(first, 2), len(exif)), 12):
+        if number(entry, 2) == ExifTags.Base.Orientation:
+            return number(entry + 8, 4 if number(entry + 2, 2) == 4 else 2)  # LONG, or SHORT as it should be
+    return None
+
+
+# By PIL
 
 
 @contextlib.contextmanager
@@ -141,15 +215,41 @@ def opened(image: bytes) -> Iterator[Image.Image]:
     """By PIL, whose readers raise errors of any kind on damaged files, here and as they decode within the block: each
     becomes a ValueError with its reason."""
     try:
-        with Image.open(BytesIO(image)) as file:
+        with Image.open(BytesIO(image), formats=FORMATS) as file:
             _refuse_bomb(*file.size)
             yield file
-    except Image.UnidentifiedImageError:
-        raise ValueError("it is no image that PIL knows") from None  # PIL's own words have an address in memory
+    except Image.UnidentifiedImageError:  # PIL's own words have an address in memory
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, or its header is damaged") from None
     except (OSError, ValueError):
         raise
     except Exception as error:
         raise ValueError(f"PIL cannot read it: {type(error).__name__}: {error}") from error
+
+
+def upright(image: bytes, file: Image.Image) -> Image.Image:
+    """Return all of an image, upright, in RGB of 8 bits a channel; file: the same, as `opened` gives it.
+
+    Raises ValueError for pixels of 32 bits, whose black and white no format fixes.
+    """
+    file.load()
+    turn, pixels = TURNS.get(_orientation(image, file)), _of_eight_bits(file)
+    pixels.info.pop("transparency", None)  # PIL warns of it
+    return (pixels.transpose(turn) if turn is not None else pixels).convert("RGB")
+
+
+def _of_eight_bits(file: Image.Image) -> Image.Image:
+    """Grey of 16 bits (of 12, in a TIFF) by its upper 8, which is how PIL reads colours of 16 bits; all else as it is.
+
+    PIL would clip it: all but the darkest 256 levels become white.
+    """
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
+        tags = getattr(file, "tag_v2", {})
+        bits, white_is_zero = tags.get(258, (16,))[0], tags.get(262) == 0
+        grey = (np.asarray(file) >> bits - 8).astype(np.uint8)
+        return Image.fromarray(255 - grey if white_is_zero else grey)
+    if file.mode in ("I", "F"):
+        raise ValueError(f"its pixels are {PIXELS[file.mode]} of no certain range. Save it with 8 or 16 bits")
+    return file
 
 
 def _refuse_bomb(width: int, height: int) -> None:

@@ -71,6 +71,12 @@ def _compile(compiler: list[str], headers: Path, path: Path) -> None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     image = [ctypes.c_char_p, ctypes.c_size_t]
-    library.jpeg_size.argtypes, library.jpeg_size.restype = image, ctypes.c_uint32
+    library.jpeg_size.argtypes, library.jpeg_size.restype = image, ctypes.c_uint64
     library.crop_jpeg.argtypes = [*image, *[ctypes.c_int] * 6, ctypes.c_void_p]
     return library
+
+
+def libjpeg_version(library: ctypes.CDLL) -> str:
+    """The version of libjpeg-turbo that the library was compiled for, such as 2.1.5."""
+    number = ctypes.c_int.in_dll(library, "libjpeg_turbo").value
+    return ".".join(str(number // 1000**power % 1000) for power in (2, 1, 0))
