@@ -622,19 +622,18 @@ BOMB = (
 )
 
 
+def test_whatever_pil_raises_is_a_torn_image():
+    with pytest.raises(ValueError, match="decompression bomb"):
+        rendered(b"\x89PNG\r\n\x1a\n" + BOMB)
+
+
 @pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (b"\x89PNG\r\n\x1a\n" + BOMB, "decompression bomb"),
-        (with_chunk(b"eXIf", b"XX"), "SyntaxError: not a TIFF file"),
-        (with_chunk(b"eXIf", b"MM\0*\0\0"), "PIL cannot read it: "),
-        (with_text_for_a_number(), "required argument is not an integer"),
-    ],
-    ids=["bomb", "header", "cut", "kind"],
+    "image",
+    [with_chunk(b"eXIf", b"XX"), with_chunk(b"eXIf", b"MM\0*\0\0"), with_text_for_a_number()],
+    ids=["header", "cut", "kind"],
 )
-def test_whatever_pil_raises_is_a_torn_image(image, words):
-    with pytest.raises(ValueError, match=words):
-        rendered(image)
+def test_a_damaged_exif_leaves_the_image(image):
+    rendered(image)
 
 
 # Packing
