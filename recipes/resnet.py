@@ -40,7 +40,7 @@ from shared.accelerator import build_accelerator, data_parallel, micro_batch_siz
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
 from shared.tracking import Run
 
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -103,7 +103,7 @@ def build_optimizer(model, config, steps_per_epoch):
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
-    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+    return zero_momentum(optimizer), build_scheduler(optimizer, config.schedule, steps, warmup)
 
 
 def parallelize(accelerator, model, optimizer, config):
@@ -123,7 +123,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
             run.observe(batch, loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -44,7 +44,7 @@ from shared.config import RunConfig, UserError, parse, say
 from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
 from shared.data.decode import intact, plain_jpeg, render, scaled
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
 from shared.tracking import Run
 
 FED = ("jpegs", "starts", "ends")  # each image's bytes, and (top, left) and (bottom, right) of its crop
@@ -130,7 +130,7 @@ class Dali:
         """A pipeline: encoded images and edges of crops in, pixels out."""
         from nvidia.dali import Pipeline, fn, types
 
-        device_id, decoder = (torch.cuda.current_device(), "mixed") if self.copied else (None, "cpu")
+        device_id, decoder = (self.device.index or 0, "mixed") if self.copied else (None, "cpu")
         pipeline = Pipeline(batch_size, self.num_threads, device_id, exec_pipelined=False, exec_async=False)
         with pipeline:
             jpegs, starts, ends = (fn.external_source(name=name, ndim=1) for name in FED)
@@ -173,7 +173,7 @@ def build_optimizer(model, config, steps_per_epoch):
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
-    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+    return zero_momentum(optimizer), build_scheduler(optimizer, config.schedule, steps, warmup)
 
 
 def parallelize(accelerator, model, optimizer, config):
@@ -193,7 +193,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
             run.observe(batch, loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -52,7 +52,7 @@ from shared.data.shards import image_kind
 from shared.data.streams import read_streams
 from shared.locks import make_once
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
 from shared.tracking import Run
 
 SHUFFLE_BUFFER = 256  # encoded images of each stream, among which the next one is drawn
@@ -161,7 +161,7 @@ def build_optimizer(model, config, steps_per_epoch):
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
-    return optimizer, build_scheduler(optimizer, config.schedule, steps, warmup)
+    return zero_momentum(optimizer), build_scheduler(optimizer, config.schedule, steps, warmup)
 
 
 def parallelize(accelerator, model, optimizer, config):
@@ -181,7 +181,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
             run.observe(batch, loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

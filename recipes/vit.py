@@ -137,7 +137,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
-            loss = cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
             run.observe(batch, loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -3,10 +3,11 @@
 
 import math
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
@@ -46,12 +47,33 @@ def one_cycle(step: int, total_steps: int, warmup_steps: int) -> float:
     return last + (1 - last) * (1 + math.cos(math.pi * way)) / 2
 
 
+def zero_momentum(optimizer: Optimizer) -> Optimizer:
+    """Let SGD's momentum start from zeros, which gives the first step that torch's empty buffers give.
+
+    Fused SGD makes them by `empty_like`. Where fp16's scaler skips the first step they stay so, and the second one
+    adds to uninitialised memory (torch 2.15, torch/optim/sgd.py, _fused_sgd).
+    """
+
+    def fill(optimizer: Optimizer, *_) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+
+    optimizer.register_step_pre_hook(fill)
+    return optimizer
+
+
 def clip_grad_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
     """The norm of all gradients, which are then scaled so that it is at most max_norm; 0 leaves them as they are.
 
     For plain tensors without clipping it is one pass over them, where torch's clip_grad_norm_ takes two and writes.
     """
+    clip = accelerator.clip_grad_norm_
+    if accelerator.scaler:
+        # Accelerate 1.15 would unscale twice, which torch refuses, where FSDP2's model did not go through `prepare`.
+        accelerator.unscale_gradients()
+        clip = clip_grad_norm_
     if max_norm or strategy() != "ddp" or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    accelerator.unscale_gradients()
+        return clip(model.parameters(), max_norm or math.inf)
     return get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])

@@ -222,6 +222,8 @@ def test_bf16_stays_within_its_rounding(run, runs, single, half, name):
     np.testing.assert_allclose(losses, half.series("loss"), rtol=1e-2)
     np.testing.assert_allclose(losses, exact, rtol=3e-2)
     assert abs(losses / exact - 1).max() > 1e-5  # rounding of fp32 is less: bf16 was at work
+    # The mean of two processes' bf16 losses, between 2 and 4, would be a multiple of 1/128.
+    assert np.all(losses * 128 % 1 != 0), "computed on half-precision logits"
     assert result.config["identity"]["mixed_precision"] == "bf16"
 
 
