@@ -130,6 +130,7 @@ def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
         raise UserError(_unknown(argument.split("=")[0], known))
     for config in configs:
         _check_bounds(config)
+        _fit_warmup(config, sys.argv[1:] if arguments is None else arguments)
     return tuple(configs)
 
 
@@ -150,6 +151,24 @@ def _check_bounds(config) -> None:
         value = getattr(config, field.name)
         if field.name in BOUNDS and not low <= value <= high:
             raise UserError(f"--{field.name} {value} is out of range. Give a value from {low:g} to {high:g}.")
+
+
+def _fit_warmup(config, words: list[str]) -> None:
+    """Leave the learning rate time to fall: shorten a default warmup, with a line; raises UserError for a flag's."""
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    if not {"warmup_epochs", "epochs"} <= fields.keys() or config.warmup_epochs < config.epochs:
+        return
+    given = any(word.split("=")[0] in ("--warmup_epochs", "--warmup-epochs") for word in words)
+    shorter = fields["warmup_epochs"] * config.epochs / fields["epochs"]
+    if given or shorter >= config.epochs:
+        raise UserError(
+            f"--warmup_epochs {config.warmup_epochs:g} leaves nothing of --epochs {config.epochs} for the learning "
+            f"rate to fall. Give less than {config.epochs}."
+        )
+    config.warmup_epochs = shorter
+    if os.environ.get("RANK", "0") == "0":  # the first line on standard output is the run's folder
+        share = f"as {fields['warmup_epochs']:g} of {fields['epochs']} by default"
+        say(f"the warmup takes {shorter:g} of {config.epochs} epochs, {share}; see --warmup_epochs", sys.stderr)
 
 
 def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:

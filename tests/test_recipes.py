@@ -257,7 +257,7 @@ JOB_COMMANDS = [
     for line in [*commands(), *commands((ROOT / "docs/jean_zay.md").read_text())]
     if line.startswith(JOBS) and "@" not in line.partition(" -- ")[2] and not line.endswith("...")
 ]
-SMOKE_FORM = "--max_steps 1 --epochs 1 --data digits --image_size 32 --global_batch_size 64 --num_workers 1"
+SMOKE_FORM = "--max_steps 1 --data digits --image_size 32 --global_batch_size 64 --num_workers 1"
 SMALL = {"resnet": " --model resnet18 --compile False", "vit": " --model demo --patch_size 8"}
 
 

@@ -2,15 +2,17 @@
 """Precision, momentum, dropout, warmup and device: what a run trains with is what it says."""
 
 import importlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, python
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from shared.config import UserError, identity, parse
 from shared.data import TrainingOrder
 from shared.optim import zero_momentum
 
@@ -21,6 +23,7 @@ RESNETS = sorted(path.stem for path in (ROOT / "recipes").glob("resnet*.py"))
 def recipe(monkeypatch):
     """A recipe by name, as a module."""
     monkeypatch.syspath_prepend(ROOT / "recipes")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse sets another
     return importlib.import_module
 
 
@@ -120,3 +123,38 @@ def test_torchdata_pins_on_the_gpu_of_the_process(recipe, monkeypatch):
     views = SimpleNamespace(order=order, __getitems__=list)
     recipe("resnet_torchdata").read_nodes(views, 1, torch.device("cuda:3"))
     assert given == [("cuda",)]
+
+
+# The warmup
+
+
+@pytest.mark.parametrize(("name", "epochs", "warmup"), [("resnet", 3, 0.9), ("resnet", 4, 3.0), ("vit_pp", 5, 5 / 12)])
+def test_a_default_warmup_ends_within_the_run(recipe, capsys, name, epochs, warmup):
+    module = recipe(name)
+    run_config, config = parse(module.RunConfig, module.Config, arguments=["--epochs", str(epochs)])
+    assert config.warmup_epochs == pytest.approx(warmup)
+    said = f"the warmup takes {warmup:g} of {epochs} epochs" in capsys.readouterr().err
+    assert said == (warmup < epochs - 1)
+    assert identity(name, "no", run_config, config)["warmup_epochs"] == config.warmup_epochs
+    model = nn.Linear(1, 1)
+    _, scheduler = module.build_optimizer(model, config, 100)
+    rates = [scheduler.lr_lambdas[0](number) for number in range(100 * epochs)]
+    assert max(rates) == pytest.approx(1)
+    assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("word", ["--warmup_epochs=3", "--warmup-epochs=3.5"])
+def test_a_warmup_that_the_run_does_not_leave_is_refused(recipe, word):
+    module = recipe("resnet")
+    with pytest.raises(UserError, match=r"--warmup_epochs 3(.5)? leaves nothing of --epochs 3 .* Give less than 3\."):
+        parse(module.RunConfig, module.Config, arguments=["--epochs", "3", word])
+    _, config = parse(module.RunConfig, module.Config, arguments=["--epochs", "3", "--warmup_epochs", "2.9"])
+    assert config.warmup_epochs == 2.9
+
+
+def test_the_preflight_refuses_such_a_warmup():
+    words = ["h100", "ddp", "--time=1:00:00", "-A", "abc@h100", "--", "recipes/resnet.py"]
+    process = python("tools/preflight.py", *words, "--epochs", "5", "--warmup_epochs", "5")
+    (error,) = process.stderr.splitlines()
+    assert error.startswith("error: --warmup_epochs 5 leaves nothing of --epochs 5"), process.stderr
+    assert process.returncode == 1
