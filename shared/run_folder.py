@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a run's folder, of which one process writes and which may be cut off at any byte."""
 
+import ast
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -125,6 +127,60 @@ def git_commit() -> str | None:
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return None
+
+
+def recipe_source() -> dict[str, str]:
+    """Name -> hash of each function, class and constant of the recipe, with where it imports from what it uses.
+
+    Comments, docstrings and layout do not count, nor do the fields of Config: their values are the run's identity.
+    Nothing where there is no file.
+    """
+    path = Path(sys.argv[0])
+    tree = ast.parse(path.read_bytes() if path.is_file() else "")
+    parts, origins = {}, {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = f"{'.' * getattr(node, 'level', 0)}{getattr(node, 'module', '')}"
+            origins |= {alias.asname or alias.name.split(".")[0]: f"{origin} {alias.name}" for alias in node.names}
+        elif isinstance(getattr(node, "body", None), list):
+            is_config = getattr(node, "name", "") == "Config"
+            node.body = [each for each in node.body if not _is_text(each) and not (is_config and _is_field(each))]
+    for node in (node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)):
+        used = sorted({each.id for each in ast.walk(node) if isinstance(each, ast.Name)} & origins.keys())
+        parts.setdefault(_name(node), []).append("\n".join([ast.unparse(node), *(origins[name] for name in used)]))
+    return {name: _hash("\n".join(texts).encode()) for name, texts in sorted(parts.items())}
+
+
+def shared_source() -> dict[str, str]:
+    """File of `shared` -> hash."""
+    folder = Path(__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c"))
+    return {str(path.relative_to(folder)): _hash(path.read_bytes()) for path in files}
+
+
+def differing(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """Names with another hash, or that one side lacks; none where one side has nothing to compare."""
+    names = {*ours, *theirs} if ours and theirs else ()
+    return sorted(name for name in names if ours.get(name) != theirs.get(name))
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
+def _is_field(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign)
+
+
+def _name(node: ast.stmt) -> str:
+    """Of what a statement of a module makes."""
+    made = [getattr(node, "name", getattr(node, "target", None))]
+    names = made if made[0] else getattr(node, "targets", [])
+    return ", ".join(name if isinstance(name, str) else ast.unparse(name) for name in names) or "the code at the end"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def launcher_variables() -> dict[str, str]:

@@ -40,10 +40,13 @@ from .data.decode import decoder
 from .interruption import Interruption
 from .run_folder import (
     MetricsFile,
+    differing,
     git_commit,
     launcher_variables,
     lock,
     read_json,
+    recipe_source,
+    shared_source,
     versions,
     wait_for_preflight,
     write_json,
@@ -72,6 +75,7 @@ class Run:
         # Not in the folder's name: the same command on data that has changed is to be told so.
         self.identity |= {"training_images": len(train_loader.dataset), "held_out_images": len(eval_loader.dataset)}
         self.identity["classes"] = len(classes)
+        self.identity["source"], self.shared_source = recipe_source(), shared_source()
         self.epoch_steps, self.total_steps = epoch_steps, epoch_steps * config.epochs
         self.last_step = min(self.total_steps, run_config.max_steps or self.total_steps)
         self.checkpoint_steps = _checkpoint_steps(run_config.checkpointing_steps, epoch_steps)
@@ -116,17 +120,25 @@ class Run:
         folders = read_json(self.folder / "config.json").get("identity", self.identity)
         sources = [folders, read_manifest(checkpoint)["identity"] if checkpoint else folders]
         known = {name: [former.get(name) for former in sources] for name in {*self.identity, *sources[0], *sources[1]}}
-        changed = {name for name, values in known.items() if {*map(str, values)} != {str(self.identity.get(name))}}
+        parts = sorted({part for former in sources for part in self._changed_parts(former)})
+        values = {name for name, former in known.items() if {*map(str, former)} != {str(self.identity.get(name))}}
+        changed = (values - {"source"}) | ({"source"} if parts else set())
         allowed = set(self.run_config.resume_override.replace(",", " ").split())
         if allowed - known.keys():
             raise UserError(f"--resume_override {min(allowed - known.keys())} is no value that decides a run.")
         if changed - allowed:
-            other = sorted(changed - allowed)
-            changes = ", ".join(f"{name} was {known[name][1]}, is {self.identity.get(name)}" for name in other)
+            lines = {name: f"{name} was {known[name][1]}, is {self.identity.get(name)}" for name in changed}
+            lines["source"] = f"{', '.join(parts)} of the recipe {'was' if len(parts) == 1 else 'were'} edited"
+            changes = ", ".join(lines[name] for name in sorted(changed - allowed))
             raise UserError(
-                f"{checkpoint or self.folder} is of another run: {changes}. Give these values, or another "
-                f"--output_dir; or --resume_override {','.join(sorted(changed))} to go on with the new ones."
+                f"{checkpoint or self.folder} is of another run: {changes}. Give what it had, or another "
+                f"--output_dir; or --resume_override {','.join(sorted(changed))} to resume with what is new."
             )
+
+    def _changed_parts(self, former: dict) -> list[str]:
+        """Of this recipe, since a start of the same one; another's differ as it is."""
+        same = former.get("recipe") == self.recipe
+        return differing(self.identity["source"], former.get("source", {})) if same else []
 
     def _open(self, classes: list[str], trackers: list[str]) -> None:
         self.say(self._batch_line())
@@ -219,6 +231,8 @@ class Run:
         on_main_process(self.accelerator, self._go_back)
         self.bar.update(self.step)
         self.say(f"resumed at step {self.step} of {self.total_steps}")
+        if names := differing(self.shared_source, read_manifest(self.checkpoint).get("shared", {})):
+            self.say(f"warning: not as when it was written, in shared/: {', '.join(names)}")
         self._start_window()
 
     def _go_back(self) -> None:
@@ -268,6 +282,7 @@ class Run:
             "strategy": strategy(),
             "world_size": self.accelerator.num_processes,
             "versions": versions(),
+            "shared": self.shared_source,
             "accuracy": self.evaluation.get("accuracy") if self.evaluation.get("step") == self.step else None,
             "begun_from": self.begun_from,
             **{name: getattr(self.config, name) for name in SIZES if hasattr(self.config, name)},
@@ -462,7 +477,7 @@ class Run:
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.project_configuration.logging_dir = str(self.folder / "tensorboard")
         self.accelerator.log_with = filter_trackers(names, self.folder)
-        values = {name: value for name, value in self.identity.items() if value is not None}
+        values = {name: value for name, value in self.identity.items() if isinstance(value, str | int | float)}
         self.accelerator.init_trackers(self.recipe, values, {"wandb": {"dir": str(self.folder)}})
 
     @contextlib.contextmanager

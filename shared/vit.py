@@ -22,7 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .config import UserError, one_line
+from .config import UserError, one_line, say
 from .data.order import hash64
 
 if Version(transformers.__version__) < Version(LEAST := "5.17"):  # from which on its blocks are those below
@@ -98,6 +98,7 @@ class VisionTransformer(ViTForImageClassification):
     def __init__(self, config: ViTConfig):
         super().__init__(config)
         self.vit.layers = nn.ModuleList(DropPathLayer(config) for _ in range(config.num_hidden_layers))
+        assert not dropout(config), "drawn by each process, and not again when a block is recomputed"
 
     def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) float, sample_seeds (B,) int64: the batch's; without them no branch is dropped."""
@@ -115,6 +116,11 @@ def run_blocks(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], x: Ten
     for number, block in blocks:
         x = block(x, None, None if scales is None else scales[number])
     return x
+
+
+def dropout(config: ViTConfig) -> dict[str, float]:
+    """The rates above 0, by name. Here DropPath takes their place, which is a function of the sample."""
+    return {name: rate for name, rate in vars(config).items() if "dropout" in name and rate}
 
 
 class Stage(nn.Module):
@@ -243,6 +249,9 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     where it had another number of classes.
     """
     config = _read_config(folder)
+    if (rates := dropout(ViTConfig.from_pretrained(folder))) and os.environ.get("RANK", "0") == "0":
+        given = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        say(f"--pretrained {folder} has {given}: trained here without; see --drop_path", sys.stderr)
     # Under ZeRO-3 transformers would cut the weights as it reads them; here they are changed first.
     unset_hf_deepspeed_config()
     former_classes = config.num_labels
@@ -265,7 +274,9 @@ def _read_config(folder: Path) -> ViTConfig:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "vit":
         raise UserError(f"--pretrained {folder} is a {kind}, not a vit. Give the folder of a ViT.")
-    return ViTConfig.from_pretrained(folder)
+    config = ViTConfig.from_pretrained(folder)
+    config.update(dict.fromkeys(dropout(config), 0.0))
+    return config
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:

@@ -184,6 +184,7 @@ def test_the_folder_is_named_after_what_decides_the_training(tmp_path):
         360,
         10,
     )
+    assert "train_one_epoch" in identity.pop("source")
     assert name == f"runs/resnet-{identity_hash(identity)}"
     assert name != f"runs/resnet-{identity_hash(identity | {'seed': 1})}"
 

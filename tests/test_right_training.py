@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Precision, momentum, dropout, warmup and device: what a run trains with is what it says."""
+"""Precision, momentum, dropout, device, warmup and sources: a run trains with what it says."""
 
 import importlib
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, launch_command, python, train
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import ViTConfig, ViTForImageClassification
 
+from shared.checkpoint import read_state, read_weights
 from shared.config import UserError, identity, parse
 from shared.data import TrainingOrder
 from shared.optim import zero_momentum
+from shared.run_folder import differing, recipe_source
+from shared.vit import VisionTransformer, initial_value
 
 RESNETS = sorted(path.stem for path in (ROOT / "recipes").glob("resnet*.py"))
 
@@ -100,6 +106,113 @@ def test_every_fused_sgd_of_a_recipe_begins_so(recipe, name):
     assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
 
 
+# vit_fsdp.py in fp16 on CPU processes, whose scaler accelerate keeps for GPUs. In step 3 a gradient of one process
+# alone is inf; in step 4 accelerate's own clipping is tried.
+SCALED = """
+import os
+import torch
+import vit_fsdp as recipe
+from shared.checkpoint import read_state, read_weights
+from shared.config import RunConfig, parse
+from torch.nn.utils import clip_grad_norm_
+build, clip, steps = recipe.build_accelerator, recipe.clip_grad_norm, 0
+def scaled(*arguments):
+    accelerator = build(*arguments)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
+def clipped(accelerator, model, max_norm):
+    global steps
+    steps += 1
+    if steps == 3 and os.environ["RANK"] == "1":
+        model.classifier.weight.grad.to_local()[0, 0] = float("inf")
+    if steps != 4:
+        return clip(accelerator, model, max_norm)
+    try:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    except RuntimeError as error:
+        print(f"accelerate: {error}", flush=True)
+        return clip_grad_norm_(model.parameters(), max_norm)
+recipe.build_accelerator, recipe.clip_grad_norm = scaled, clipped
+recipe.main(*parse(RunConfig, recipe.Config))
+"""
+
+
+def test_fsdp2_in_fp16_takes_its_first_step_and_all_ranks_skip_the_same(server, tmp_path):
+    script = tmp_path / "vit_fsdp.py"
+    script.write_text(SCALED)
+    flags = ["--max_steps", "4", "--checkpointing_steps", "1", "--keep_checkpoints", "9", "--warmup_epochs", "0"]
+    flags += ["--logging_steps", "1", "--num_workers", "0", "--report_to", "none"]
+    run = train(tmp_path / "run", *flags, recipe=script, server=server, num_processes=2, config_file="local_fsdp.yaml")
+    assert run.config["identity"]["mixed_precision"] == "fp16"
+    losses, norms = run.series("loss"), run.series("grad_norm")
+    assert all(loss * 128 % 1 for loss in losses), "computed on half-precision logits"
+    assert [norm is None for norm in norms] == [False, False, True, False]
+    folders = sorted((tmp_path / "run/checkpoints").iterdir())
+    scales = [read_state(folder)["scaler"]["scale"] for folder in folders]
+    assert scales == [65536, 65536, 32768, 32768]
+    first, second, third, fourth = (read_weights(folder) for folder in folders)
+    for name, weight in first.items():
+        assert (weight != initial_value(name, weight.shape, 0)).any(), name
+        assert (second[name] != weight).any()
+        assert torch.equal(third[name], second[name]), name
+        assert (fourth[name] != third[name]).any()
+    # When this no longer holds, shared.optim.clip_grad_norm needs no unscaling of its own.
+    assert run.text.count("accelerate: unscale_() has already been called on this optimizer") == 2
+
+
+@pytest.mark.parametrize("name", ["vit_tp", "vit_pp", "vit_tp_by_hand"])
+def test_what_shares_no_loss_scale_refuses_fp16(recipe, monkeypatch, name):
+    module = recipe(name)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    sizes = module.vit_config("demo", 32, 8, 10, 0.0)
+    check = partial(module.refuse, sizes=sizes) if name == "vit_tp_by_hand" else module.check_sizes
+    with pytest.raises(UserError, match=r"fp16.* Set mixed_precision to bf16 or no"):
+        check(module.Config())
+
+
+# Dropout, which each process would draw for itself
+
+
+def active(model: nn.Module) -> list[str]:
+    """Names of modules that drop by torch's random state, as layers and as transformers' attention do."""
+    modules = dict(model.named_modules()).items()
+    return [name for name, module in modules if getattr(module, "p", 0) or getattr(module, "attention_dropout", 0)]
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory) -> str:
+    """A folder that transformers saved, of a network with dropout of both kinds."""
+    folder, sizes = tmp_path_factory.mktemp("dropping"), {"hidden_size": 32, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "intermediate_size": 64, "image_size": 32, "patch_size": 8, "num_labels": 10}
+    config = ViTConfig(**sizes, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+    ViTForImageClassification(config).save_pretrained(folder)
+    assert len(active(ViTForImageClassification(config))) > 5
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [*RESNETS, "vit", "vit_fsdp", "vit_tp", "vit_pp"])
+def test_no_network_of_a_recipe_has_an_active_dropout(recipe, dropping, capfd, monkeypatch, name):
+    module, seed = recipe(name), [0] if name.startswith("vit") else []
+    assert active(module.build_model(module.Config(), 10, *seed)) == []
+    if seed:
+        model = module.build_model(module.Config(pretrained=dropping), 10, *seed)
+        assert active(model) == []
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if "--pretrained" in line]
+        given = "hidden_dropout_prob 0.1, attention_probs_dropout_prob 0.2"
+        assert line == f"--pretrained {dropping} has {given}: trained here without; see --drop_path"
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.equal(model.train()(images), model(images))
+        monkeypatch.setenv("RANK", "1")
+        module.build_model(module.Config(pretrained=dropping), 10, *seed)
+        assert "--pretrained" not in capfd.readouterr().err
+
+
+def test_a_network_with_dropout_is_not_built():
+    with pytest.raises(AssertionError, match="drawn by each process"):
+        VisionTransformer(ViTConfig(num_hidden_layers=1, hidden_dropout_prob=0.1))
+
+
 # The device
 
 
@@ -158,3 +271,95 @@ def test_the_preflight_refuses_such_a_warmup():
     (error,) = process.stderr.splitlines()
     assert error.startswith("error: --warmup_epochs 5 leaves nothing of --epochs 5"), process.stderr
     assert process.returncode == 1
+
+
+# A recipe that was edited between two starts
+
+RECIPE = '''"""A lesson."""
+from torch import nn
+from torch.nn.functional import cross_entropy
+STEP = 3
+
+class Config:
+    epochs: int = HfArg(default=1, help="passes")
+
+def train(x):
+    """Do."""
+    return cross_entropy(x, STEP)  # once
+
+def main(model):
+    train(nn.Linear(2, 2)(model))
+
+if __name__ == "__main__":
+    main(1)
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("cross_entropy(x, STEP)  # once", "cross_entropy(\n        x,\n        STEP,\n    )", []),
+        ('    """Do."""\n', "", []),
+        ('"""A lesson."""', '"""Another."""\nimport math', []),
+        ('help="passes"', 'help="rounds"', []),
+        ("STEP)", "STEP) * 0.5", ["train"]),
+        ("train(nn", "print(nn", ["main"]),
+        ("STEP = 3", "STEP = 4", ["STEP"]),
+        ("torch.nn.functional", "mine", ["train"]),
+        ("import nn", "import optim as nn", ["main"]),
+        ("def main", "def helper():\n    pass\n\ndef main", ["helper"]),
+        ("main(1)", "main(2)", ["the code at the end"]),
+        ("epochs: int", "def steps(self): return 1\n    epochs: int", ["Config"]),
+    ],
+)
+def test_only_what_a_recipe_does_counts(tmp_path, monkeypatch, old, new, names):
+    path = tmp_path / "recipe.py"
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    sources = []
+    for text in (RECIPE, RECIPE.replace(old, new)):
+        path.write_text(text)
+        sources.append(recipe_source())
+    assert text != RECIPE
+    assert differing(*sources) == names
+    assert differing({}, sources[0]) == []  # an older version wrote none
+    path.unlink()
+    assert recipe_source() == {}
+
+
+def test_an_edited_recipe_is_no_longer_the_run_of_its_folder(server, tmp_path):
+    """The folder's name stays, so that the edit is told; a checkpoint without the entries is resumed in silence."""
+    path, folder = tmp_path / "resnet.py", tmp_path / "run"
+    source = (ROOT / "recipes/resnet.py").read_text()
+
+    def start(text: str, *flags: str) -> str:
+        path.write_text(text)
+        more = ["--output_dir", str(folder), "--num_workers", "0", "--report_to", "none", "--global_batch_size", "8"]
+        return server.launch([*launch_command()[2:], str(path), *more, *flags]).stdout
+
+    start(source, "--max_steps", "1")
+    formatted = source.replace("model.train()\n", "model.train()  # not eval\n\n").replace("Train a ResNet", "Fit one")
+    assert "already finished" in start(formatted, "--max_steps", "1")
+    edited = source.replace("loss = cross_entropy(", "loss = 2 * cross_entropy(")
+    for steps in ("1", "2"):
+        error = start(edited, "--max_steps", steps).splitlines()[-1]
+        assert (
+            "is of another run: train_one_epoch of the recipe was edited. Give what it had, or another --outpu"
+            in error
+        )
+        assert "--resume_override source" in error
+    (manifest,) = (folder / "checkpoints").glob("*/manifest.json")
+    values = json.loads(manifest.read_text())
+    values["shared"]["optim.py"] = "other"
+    manifest.write_text(json.dumps(values))
+    text = start(edited, "--max_steps", "2", "--resume_override", "source")
+    assert "resumed at step 1" in text
+    assert "warning: not as when it was written, in shared/: optim.py" in text
+    manifest = sorted((folder / "checkpoints").glob("*/manifest.json"))[-1]
+    for old, changes in ((manifest, json.loads(manifest.read_text())), (folder / "config.json", {})):
+        changes = changes or json.loads(old.read_text())
+        changes.pop("shared")
+        changes["identity"].pop("source")
+        old.write_text(json.dumps(changes))
+    text = start(source, "--max_steps", "3")
+    assert "resumed at step 2" in text
+    assert "warning" not in text

@@ -273,7 +273,9 @@ def pretrained(runs) -> Path:
     folder = runs / "pretrained"
     torch.manual_seed(1)
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=48, patch_size=8, num_labels=7)).save_pretrained(folder)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # no strategy trains with it
+    config = ViTConfig(**sizes, **dropout, image_size=48, patch_size=8, num_labels=7)
+    ViTForImageClassification(config).save_pretrained(folder)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "image_processor_type": "ViTImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
@@ -300,6 +302,9 @@ def test_each_strategy_fine_tunes_alike(run, runs, tuned, pretrained, name):
     folder = runs / f"tuned-{name.replace(' ', '-')}"
     result = run(folder, recipe, topology, processes, ["--pretrained", str(pretrained)], steps=5)
     np.testing.assert_allclose(result.series("loss"), tuned.series("loss"), rtol=1e-5)
+    assert (
+        result.text.count("has hidden_dropout_prob 0.1, attention_probs_dropout_prob 0.1: trained here without") == 1
+    )
     assert weights(result)["vit.embeddings.position_embeddings"].shape == (1, 17, 64)
 
 

@@ -484,7 +484,7 @@ def planted(server: Server, data, tmp_path):
     def launched(code: str, folder: Path, *flags: str, recipe: str = "vit", **launch) -> subprocess.CompletedProcess:
         script = tmp_path / f"{recipe}.py"
         script.write_text(PLANTED.format(recipe=recipe, code=code))
-        start = vit_words(folder, data, *flags, **launch)
+        start = vit_words(folder, data, *flags, "--resume_override", "source", **launch)
         return server.launch([str(script) if word == str(VIT_RECIPE) else word for word in start])
 
     return launched

@@ -17,6 +17,7 @@ Zay wrote down, and on this machine.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import getpass
@@ -24,6 +25,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -685,8 +687,10 @@ def read_task(plan: Plan, name: str, words: list[str]) -> Iterator[str]:
         *run_config, config = plan.module.parse(*classes, arguments=words)
         plan.tasks.append(Task(name, words, run_config[0] if run_config else None, config))
 
-    with mock.patch("sys.excepthook"):  # parse sets another
-        yield from (f"{name}: {problem}" if name else problem for problem in refusals(plan, read))
+    with mock.patch("sys.excepthook"), contextlib.redirect_stderr(io.StringIO()) as said:  # parse sets another
+        problems = list(refusals(plan, read))
+    plan.notes += said.getvalue().splitlines()
+    yield from (f"{name}: {problem}" if name else problem for problem in problems)
 
 
 def refusals(plan: Plan, function, *arguments) -> Iterator[str]:
