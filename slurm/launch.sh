@@ -24,6 +24,7 @@ main() {
     read_words "$@"
     name_job
     prepare_job_folder
+    keep_sources
     begin_preflight
     prepare_environment
     watch_time
@@ -92,6 +93,36 @@ name_job() {
     [[ $per_node ]] || fail "Slurm gave no GPUs. Ask for them (--gres=gpu:4), or export RECIPES_PROCESSES_PER_NODE."
 }
 
+# A requeued start runs what the first one found, whatever was edited since: a copy of the recipe, of the modules beside
+# it, of shared/ and of the YAML. Where nothing was edited it runs them where they lie.
+keep_sources() {
+    local place shared=$ROOT/shared
+    place=$(cd "$(dirname "$recipe")" && pwd)
+    kept=$SLURM_SUBMIT_DIR/.recipes-$job-source
+    if [[ -d $place/shared ]]; then shared=$place/shared; fi
+    if ((${SLURM_RESTART_COUNT:-0} == 0)); then
+        rm -rf "$kept"
+        { mkdir "$kept" && cp "$place"/*.py "$kept" && cp "$config" "$kept/topology.yaml" &&
+            cp -rL "$shared" "$kept/shared"; } 2>/dev/null || rm -rf "$kept" # no room
+    elif [[ -d $kept ]] && edited "$place" "$shared"; then
+        echo "edited since the first start of this job, whose sources are run again: $kept"
+        recipe=$kept/${recipe##*/} config=$kept/topology.yaml again=1
+        export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$place # for packages beside the recipe
+    fi
+}
+
+edited() {
+    local file
+    for file in "$kept"/*.py; do cmp -s "$file" "$1/${file##*/}" || return 0; done
+    ! cmp -s "$config" "$kept/topology.yaml" || ! diff -qr -x __pycache__ -x '*.so' "$kept/shared" "$2" >/dev/null
+}
+
+# The sources stay for a restart, which Slurm may make by itself (`ended`), and where a run's config.json names them.
+clean_up() {
+    rm -rf "$RECIPES_JOB_FOLDER"
+    if [[ ! ${again:-}${ended:-} ]]; then rm -rf "${kept:-}"; fi
+}
+
 # submit.sh leaves the sum of what it has checked. Else the preflight runs while the processes start: rank 0 waits for it
 # before it writes anything (shared/run_folder.py).
 begin_preflight() {
@@ -151,7 +182,7 @@ prepare_job_folder() {
     rm -rf "$RECIPES_JOB_FOLDER"
     mkdir "$RECIPES_JOB_FOLDER"
     touch "$RECIPES_JOB_FOLDER/started"
-    trap 'rm -rf "$RECIPES_JOB_FOLDER"' EXIT
+    trap clean_up EXIT
 }
 
 # shared/interruption.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
@@ -299,6 +330,7 @@ requeue() {
     ((restarts < most)) || fail "interrupted ($1) after $restarts restarts, RECIPES_MAX_RESTARTS. Submit it again: it goes on."
     echo "interrupted ($1); requeued for restart $((restarts + 1))"
     # It ends this shell, too.
+    again=1
     scontrol requeue "$job" || fail "Slurm does not requeue this job. Submit it again: it goes on."
     exit 0
 }

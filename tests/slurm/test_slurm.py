@@ -237,8 +237,10 @@ def test_signals(jobs, local):
     jobs.interrupt(job, pause, "--batch", "--signal=USR2")
     job.wait_requeued(2)
     assert jobs.result("signals").summary["steps"] == 9
+    jobs.recipe.write_text("raise SystemExit('edited while the job waits')\n")
     job.go_on()
     assert job.wait_completed().log.count("interrupted (signal); requeued for restart") == 2
+    assert "edited since the first start of this job, whose sources are run again" in job.log
     assert jobs.result("signals").series("loss") == pytest.approx(local.series("loss"), rel=1e-5)
 
 
@@ -566,6 +568,27 @@ def test_a_lost_node_requeues_a_job_twice_and_no_more(alone):
         log = alone(*words, before=line * times, RECIPES_MODULES="")
         assert log.count("requeue 7") == requeued, log
         assert ("no process has left a traceback" in log) != requeued
+
+
+def test_a_requeued_start_runs_the_sources_of_the_first(alone, tmp_path):
+    recipe, kept = tmp_path / "my recipe.py", tmp_path / ".recipes-7-source"
+    (tmp_path / "bin/srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nexit 1\n')
+    recipe.write_text("first = 1\n")
+    assert "requeue 7" in alone("ddp", recipe.name)
+    assert (kept / "my recipe.py").read_text() == "first = 1\n"
+    assert (kept / "shared/optim.py").read_text() == (ROOT / "shared/optim.py").read_text()
+    log = alone("ddp", recipe.name, SLURM_RESTART_COUNT="1")
+    assert "\nmy recipe.py\n" in log
+    assert "edited" not in log
+    recipe.write_text("first = 2\n")
+    log = alone("ddp", recipe.name, SLURM_RESTART_COUNT="1")
+    assert f"whose sources are run again: {kept}\n" in log
+    assert f"\n{kept}/my recipe.py\n" in log
+    assert f"\n{kept}/topology.yaml\n" in log
+    # A start that ends for good leaves nothing.
+    recipe.write_text("first = 3\n")
+    alone("ddp", recipe.name, SLURM_JOB_NUM_NODES="1")
+    assert not kept.exists()
 
 
 def test_a_signal_before_the_trap_is_heeded_in_a_long_job(alone, tmp_path):
