@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import forked
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -60,10 +61,18 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "WANDB_SILENT": "true", "OMP_WAIT_POLICY": "passive", **more}
 
 
-def python(*arguments: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS` by the suite's interpreter."""
+def python(
+    *arguments: str, cwd: Path = ROOT, timeout: float = 300, server: forked.Server | None = None
+) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` by the suite's interpreter, which the server forks where one is given; ARGUMENTS may begin
+    with those of launch_command."""
+    options = {"cwd": cwd, "env": environment(), "timeout": timeout}
+    if server and arguments[0] == "-m":
+        return server.launch([*arguments[2:]], apart=True, **options)
+    if server:
+        return server.python([*arguments], **options)
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def launch_command(num_processes: int = 1, config_file: str = "local_ddp.yaml", **flags: str) -> list[str]:
@@ -83,7 +92,7 @@ def train(
     """Run a recipe to its end under the launcher, which the server forks where one is given; fails the test if it
     fails."""
     module, launcher, *words = [*launch_command(**launch), str(recipe), "--output_dir", str(folder), *arguments]
-    process = server.launch(words) if server else python(module, launcher, *words)
+    process = server.launch(words, env=environment()) if server else python(module, launcher, *words)
     assert process.returncode == 0, process.stdout + process.stderr
     return Result(process, Path(folder))
 
@@ -104,31 +113,46 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[forked.Server]:
-    """For the tests that launch many strategies."""
+    """For all launches and commands but the one of each kind that is started as a user starts it."""
     server = forked.Server(environment(), tmp_path_factory.mktemp("server"))
+    server.open()
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def demo(runs) -> Result:
-    """The demonstration, whole: one process, every default."""
-    return train(runs / "demo", "--logging_steps", "1")
+def made_once(tmp_path_factory, worker_id) -> Callable[..., Result]:
+    """Call `make` on a folder of this name in one of the processes that run tests; the others get its result."""
+    common = tmp_path_factory.getbasetemp()
+    common = common if worker_id == "master" else common.parent
+
+    def once(name: str, make: Callable[[Path], Result]) -> Result:
+        folder, text = common / "common" / name, common / f"{name}.txt"
+        with FileLock(common / f"{name}.lock"):
+            if not text.exists():
+                text.write_text(make(folder).text)
+        return Result(subprocess.CompletedProcess([], 0, text.read_text(), ""), folder)
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def topologies(runs) -> dict[tuple[int, int], Result]:
+def demo(server, made_once) -> Result:
+    """The demonstration, whole: one process, every default. Other tests read it meanwhile: change a copy."""
+    return made_once("demo", lambda folder: train(folder, "--logging_steps", "1", server=server))
+
+
+@pytest.fixture(scope="session")
+def topologies(server, made_once) -> dict[tuple[int, int], Result]:
     """(processes, accumulation steps) -> the same twelve steps; also another number of loader workers in each."""
     workers = {(1, 1): 0, (2, 1): 1, (4, 1): 3, (1, 4): 1}
-    return {
-        (processes, accumulation): train(
-            runs / f"topology-{processes}-{accumulation}",
-            *[*SHORT, "--norm", "group", "--num_workers", str(count)],
-            *["--gradient_accumulation_steps", str(accumulation), "--max_grad_norm", "1"],
-            num_processes=processes,
-        )
-        for (processes, accumulation), count in workers.items()
-    }
+
+    def make(processes: int, accumulation: int) -> Callable[[Path], Result]:
+        flags = [*SHORT, "--norm", "group", "--num_workers", str(workers[processes, accumulation])]
+        flags += ["--gradient_accumulation_steps", str(accumulation), "--max_grad_norm", "1"]
+        return lambda folder: train(folder, *flags, num_processes=processes, server=server)
+
+    return {case: made_once(f"topology-{case[0]}-{case[1]}", make(*case)) for case in workers}
 
 
 @pytest.fixture(scope="session")

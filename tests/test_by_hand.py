@@ -17,13 +17,13 @@ OF_ONE_RECIPE = "recipe,init,check,pretrained,min_crop_area,horizontal_flip,eval
 OF_ONE_RECIPE += "activation_checkpointing"
 
 
-def test_pi_does_not_depend_on_the_number_of_processes():
+def test_pi_does_not_depend_on_the_number_of_processes(server):
     recipe = ROOT / "recipes/allreduce_pi.py"
-    texts = [python(recipe).stdout, python(*launch_command(4), recipe).stdout]
+    texts = [python(recipe).stdout, python(*launch_command(4), recipe, server=server).stdout]
     values = [float(re.search(r"3\.\d+", text)[0]) for text in texts]
     assert values[0] == pytest.approx(np.pi, abs=1e-10)
     assert values[1] == pytest.approx(values[0], abs=1e-12)
-    assert "error: " in python(recipe, "--intervals", "0").stderr
+    assert "error: " in python(recipe, "--intervals", "0", server=server).stderr
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_by_hand_the_losses_are_those_of_one_process(server, runs, plain, proces
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_each_piece_by_hand_is_its_dense_layer(processes):
-    process = python(*launch_command(processes, "local_tp.yaml"), BY_HAND, "--check")
+def test_each_piece_by_hand_is_its_dense_layer(server, processes):
+    process = python(*launch_command(processes, "local_tp.yaml"), BY_HAND, "--check", server=server)
     assert process.returncode == 0, process.stdout + process.stderr
     rows = re.findall(r"(?m)^(\w.{20,}?) +(\d\.\de[+-]\d+)$", process.stdout)
     titles = " ".join(title for title, _ in rows)
@@ -86,8 +86,9 @@ def test_what_is_saved_by_hand_goes_on_by_hand_and_under_other_strategies(server
     np.testing.assert_allclose(last.series("loss"), plain.series("loss")[6:], rtol=1e-4)
 
 
-def test_what_cannot_be_cut_by_hand_is_refused(tmp_path):
-    process = python(BY_HAND, "--tensor_parallel_size", "3", "--output_dir", tmp_path / "run")
+def test_what_cannot_be_cut_by_hand_is_refused(server, tmp_path):
+    words = [BY_HAND, "--tensor_parallel_size", "3", "--output_dir", tmp_path / "run"]
+    process = python(*words, server=server)
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1
     assert "--tensor_parallel_size 3" in error

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT, Result, python, train
+from forked import Server
 from safetensors.torch import load_file
 from torchvision.models import get_model
 from transformers import ViTForImageClassification
@@ -160,9 +161,9 @@ def test_there_is_nothing_to_list(tmp_path, made):
 # Export
 
 
-def export(result: Result, out: Path) -> list[str]:
+def export(server: Server, result: Result, out: Path) -> list[str]:
     """From another folder than the one that the run was started in."""
-    process = python(ROOT / "tools/export.py", result.folder, out, cwd=out.parent)
+    process = python(ROOT / "tools/export.py", result.folder, out, cwd=out.parent, server=server)
     assert process.returncode == 0, process.stdout + process.stderr
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
@@ -183,8 +184,8 @@ def same(ours: dict[str, torch.Tensor], result: Result) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in reference.items())
 
 
-def test_a_resnet_is_built_again_from_what_is_written(demo, tmp_path):
-    lines = export(demo, tmp_path / "weights")
+def test_a_resnet_is_built_again_from_what_is_written(server, demo, tmp_path):
+    lines = export(server, demo, tmp_path / "weights")
     check_accuracy(lines, demo)
     weights = load_file(tmp_path / "weights/model.safetensors")
     same(weights, demo)
@@ -195,9 +196,9 @@ def test_a_resnet_is_built_again_from_what_is_written(demo, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def from_zero(zero, tmp_path_factory) -> tuple[Path, list[str]]:
+def from_zero(server, zero, tmp_path_factory) -> tuple[Path, list[str]]:
     out = tmp_path_factory.mktemp("from-zero") / "weights"
-    return out, export(zero, out)
+    return out, export(server, zero, out)
 
 
 def check_vit(folder: Path, result: Result) -> None:
@@ -209,8 +210,8 @@ def check_vit(folder: Path, result: Result) -> None:
     assert std == pytest.approx(STD, rel=1e-6)
 
 
-def test_shards_of_fsdp_become_a_folder_for_transformers(fsdp, tmp_path):
-    check_accuracy(export(fsdp, tmp_path / "weights"), fsdp)
+def test_shards_of_fsdp_become_a_folder_for_transformers(server, fsdp, tmp_path):
+    check_accuracy(export(server, fsdp, tmp_path / "weights"), fsdp)
     check_vit(tmp_path / "weights", fsdp)
 
 
@@ -249,13 +250,13 @@ def test_no_checkpoint_and_none_that_is_whole(damaged, tmp_path):
         exporter.choose(tmp_path, None)
 
 
-def test_what_cannot_be_exported_is_refused_in_one_line(fsdp, damaged, tmp_path):
+def test_what_cannot_be_exported_is_refused_in_one_line(server, fsdp, damaged, tmp_path):
     """Data gone is found late, by the recipe: nothing of the attempt stays."""
     run = shutil.copytree(fsdp.folder, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["identity"]["data"] = str(tmp_path / "gone")
     (run / "config.json").write_text(json.dumps(config))
-    process = python(ROOT / "tools/export.py", run, tmp_path / "weights")
+    process = python(ROOT / "tools/export.py", run, tmp_path / "weights", server=server)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert re.fullmatch(r"error: --data \S+/gone does not exist\. .+", line)

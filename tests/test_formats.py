@@ -264,13 +264,13 @@ PartialState().destroy_process_group()
 """
 
 
-def test_no_process_waits_for_an_index_that_never_comes(tmp_path):
+def test_no_process_waits_for_an_index_that_never_comes(server, tmp_path):
     """Rank 0 fails; then it succeeds, into a cache that the other one does not see."""
     for part in ("train", "val"):
         foreign_shard(tmp_path / "good" / part / "a.tar", {f"{key}": key % 2 for key in range(7)})
         foreign_shard(tmp_path / "bad" / part / "a.tar", {f"{key}": 9876543210 for key in range(7)})
     (tmp_path / "script.py").write_text(CACHED)
-    process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path)
+    process = python(*launch_command(2, "local_cpu.yaml"), tmp_path / "script.py", ROOT, tmp_path, server=server)
     assert process.returncode == 0, process.stderr
     lines = sorted(process.stdout.splitlines())
     assert [line.split(": ")[0] for line in lines] == ["0 cannot", "0 has 7", "1 cannot", "1 has 7"], process.stdout
@@ -353,19 +353,20 @@ def test_torn_images_are_named_and_replaced_alike_on_any_topology(photographs, c
     assert (evaluation.labels == -100).sum() == 5
 
 
-def test_a_run_names_torn_images_and_stops_above_a_share(photographs, tmp_path):
+def test_a_run_names_torn_images_and_stops_above_a_share(server, photographs, tmp_path):
     tear(photographs / "train")
     flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--norm", "group"]
     flags += ["--report_to", "none", "--output_dir", tmp_path / "run", "--epochs"]
     # Its first line would come after the second epoch: it stops before the first one's evaluation.
-    process = python(ROOT / "recipes/resnet.py", *flags, "2", "--logging_steps", "100")
+    process = python(ROOT / "recipes/resnet.py", *flags, "2", "--logging_steps", "100", server=server)
     assert process.returncode == 1
     assert (tmp_path / "run/metrics.jsonl").read_text() == ""
     shutil.rmtree(tmp_path / "run")
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert "of 40 images cannot be decoded" in error
     assert "--max_torn" in error
-    process = python(ROOT / "recipes/resnet.py", *flags, "1", "--logging_steps", "1", "--max_torn", "0.2")
+    flags += ["1", "--logging_steps", "1", "--max_torn", "0.2"]
+    process = python(ROOT / "recipes/resnet.py", *flags, server=server)
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("torn image: ") == 5
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -827,9 +828,9 @@ def test_what_macos_puts_into_an_archive_is_no_image(pack, tmp_path, photographs
     assert train.classes == ["a", "b"]
 
 
-def test_packing_names_what_it_cannot_read(tmp_path, photographs):
+def test_packing_names_what_it_cannot_read(server, tmp_path, photographs):
     (photographs / "train/a/00.jpg").write_bytes(b"no picture")
-    process = python(PACK, photographs, tmp_path / "new", "--format", "tar")
+    process = python(PACK, photographs, tmp_path / "new", "--format", "tar", server=server)
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1].startswith(f"error: cannot read {photographs}/train/a/00.jpg: ")
 
@@ -860,7 +861,7 @@ def test_packing_refuses_in_one_line(pack, tmp_path, photographs, arguments, rem
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_said_and_loses_nothing(server, tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -871,7 +872,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
     try:
         command = [PACK, "digits", folder / "packed", "--format", "tar", "--shard_size", "100", "--num_workers", "1"]
-        process = python(*command)
+        process = python(*command, server=server)
         assert process.returncode == 1
         assert process.stderr.splitlines()[-1].startswith("error: ")
         assert "No space left on device" in process.stderr.splitlines()[-1]
@@ -879,7 +880,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         done = contents(folder / "packed")
         assert len(done) > 2
         subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
-        assert python(*command).returncode == 0
+        assert python(*command, server=server).returncode == 0
         after = contents(folder / "packed")
         assert {name: after[name] for name in done} == done
         assert len(open_data(str(folder / "packed"), 0, 0)[0]) == 1437

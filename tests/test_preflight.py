@@ -126,13 +126,13 @@ def test_the_resolved_job_and_its_origins():
     assert "33.3% of the run (106.67 GPU-hours if the run fills the job); never more than the job's 320.0" in lines[-1]
 
 
-def test_the_output_folder_is_the_one_that_the_run_takes(run, tmp_path, monkeypatch):
+def test_the_output_folder_is_the_one_that_the_run_takes(server, run, tmp_path, monkeypatch):
     words = ["--epochs", "1", "--max_steps", "1", "--report_to", "none"]
     half = run(*sound("v100", "ddp", "resnet", *words)).rows["output"][0]
     monkeypatch.setenv("RECIPES_LAUNCH_FLAGS", "--mixed_precision no")
     job = run(*sound("v100", "ddp", "resnet", *words))
-    command, cpu = [sys.executable, str(RECIPES["resnet"]), *words], environment(CUDA_VISIBLE_DEVICES="-1")
-    subprocess.run(command, cwd=tmp_path, env=cpu, capture_output=True, timeout=300, check=True)
+    cpu = server.environment | {"CUDA_VISIBLE_DEVICES": "-1"}
+    assert server.python([RECIPES["resnet"], *words], cwd=tmp_path, env=cpu).returncode == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert job.rows["output"][0] == f"runs/{folder.name}" != half  # the precision is part of the configuration
     assert job.rows["precision"] == ("no", "$RECIPES_LAUNCH_FLAGS")

@@ -174,7 +174,7 @@ def test_shared_stays_small_and_imports_no_recipe():
 # Copying
 
 
-def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(tmp_path):
+def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(server, tmp_path):
     for path in (ROOT / "recipes/resnet.py", ROOT / "shared", ROOT / "accelerate_configs"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     flags = ["--max_steps", "2", "--global_batch_size", "8", "--output_dir", "run", "--report_to", "none"]
@@ -183,7 +183,7 @@ def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(tmp_path)
     config = yaml.safe_load((tmp_path / "run/config.json").read_text())
     assert config["shared"] == str(tmp_path / "shared/__init__.py")
     shutil.rmtree(tmp_path / "shared")
-    orphan = python("resnet.py", *flags, cwd=tmp_path)
+    orphan = python("resnet.py", *flags, cwd=tmp_path, server=server)
     assert orphan.returncode != 0
     assert "No module named 'shared'" in orphan.stderr
 
@@ -222,7 +222,7 @@ def test_each_machines_topology_does_what_the_local_one_does(path):
     assert precision == ("fp16" if machine.startswith("v100") else "bf16")
 
 
-def test_local_cpu_hides_the_gpus_from_two_processes(tmp_path):
+def test_local_cpu_hides_the_gpus_from_two_processes(server, tmp_path):
     script = tmp_path / "where.py"
     script.write_text(
         "import torch, sys; sys.path.insert(0, sys.argv[1])\n"
@@ -232,7 +232,7 @@ def test_local_cpu_hides_the_gpus_from_two_processes(tmp_path):
         "sys.stdout.write(f'{a.device.type} {a.num_processes} {torch.cuda.device_count()}\\n')\n"
         "a.wait_for_everyone(); a.end_training()\n"
     )
-    process = python(*launch_command(2, "local_cpu.yaml"), script, ROOT)
+    process = python(*launch_command(2, "local_cpu.yaml"), script, ROOT, server=server)
     assert process.stdout.splitlines() == ["cpu 2 0"] * 2, process.stderr
 
 

@@ -45,19 +45,17 @@ def uninterrupted(server, runs, flags):
 
 
 @pytest.fixture(scope="module")
-def contest(runs):
+def contest(server, runs):
     """A training that holds its folder and stands still, and a second start, which waits while other tests run."""
     folder = runs / "held"
-    command = [sys.executable, "recipes/resnet.py", "--output_dir", str(folder), "--report_to", "none"]
-    with open(runs / "held.out", "w") as out:
-        holder = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+    command = ["recipes/resnet.py", "--output_dir", folder, "--report_to", "none"]
+    holder = server.start_python(command)
     wait_for(lambda: (folder / "summary.json").exists())
-    holder.send_signal(signal.SIGSTOP)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    second = subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes)
+    holder.kill([holder.pid], signal.SIGSTOP)
+    second = server.start_python(command)
     yield folder, holder, second
     for process in (second, holder):
-        process.kill()
+        process.kill([] if process.ended else [process.pid])
         process.wait()
 
 
@@ -123,12 +121,13 @@ def test_workers_die_with_their_launcher_and_the_run_goes_on(server, runs, flags
     np.testing.assert_allclose(second.series("loss"), uninterrupted.series("loss"), rtol=1e-5)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(demo):
-    kept = {path: path.read_bytes() for path in demo.folder.rglob("*") if path.is_file()}
-    again = train(demo.folder, "--logging_steps", "1")
+def test_a_finished_run_says_so_and_changes_nothing(server, demo, tmp_path):
+    folder = shutil.copytree(demo.folder, tmp_path / "demo")
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = train(folder, "--logging_steps", "1", server=server)
     assert "already finished: top-1 accuracy" in again.text
-    assert f"To start afresh: rm -r {demo.folder}" in again.text
-    assert {path: path.read_bytes() for path in demo.folder.rglob("*") if path.is_file()} == kept
+    assert f"To start afresh: rm -r {folder}" in again.text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 
 def test_only_two_checkpoints_are_kept_and_none_is_half(uninterrupted):
@@ -158,9 +157,9 @@ def test_what_resume_from_checkpoint_means(tmp_path, uninterrupted):
 
 def test_a_second_start_in_a_folder_in_use_is_refused(contest):
     folder, holder, second = contest
-    _, errors = second.communicate(timeout=300)
-    waiting, error = errors.splitlines()
-    assert second.returncode == 1
+    process = second.wait()
+    waiting, error = process.stderr.splitlines()
+    assert process.returncode == 1
     assert f"in use by process {holder.pid} on {socket.gethostname()}" in waiting
     assert error.startswith("error: ")
     assert f"process {holder.pid} on {socket.gethostname()}" in error
@@ -168,12 +167,13 @@ def test_a_second_start_in_a_folder_in_use_is_refused(contest):
     assert json.loads((folder / "summary.json").read_text())["pid"] == holder.pid
 
 
-def test_the_folder_is_named_after_what_decides_the_training(tmp_path):
+def test_the_folder_is_named_after_what_decides_the_training(server, tmp_path):
     """The same command finds its run again; only what changes the curve changes the name."""
     flags = ["--max_steps", "1", "--global_batch_size", "256", "--report_to", "none"]
     recipe = ROOT / "recipes/resnet.py"
-    first = python(recipe, *flags, cwd=tmp_path)
-    other_limits = python(recipe, *flags, "--num_workers", "0", "--max_steps", "2", cwd=tmp_path)
+    first = python(recipe, *flags, cwd=tmp_path, server=server)
+    flags += ["--num_workers", "0", "--max_steps", "2"]
+    other_limits = python(recipe, *flags, cwd=tmp_path, server=server)
     name = first.stdout.splitlines()[0]
     assert other_limits.stdout.splitlines()[0] == name
     assert "resumed at step 1 of" in other_limits.stdout

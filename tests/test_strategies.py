@@ -74,7 +74,7 @@ def run(server) -> Callable[..., Result]:
 
 
 def launched(
-    server: Server | None,
+    server: Server,
     folder: Path,
     recipe: str,
     topology: str,
@@ -172,7 +172,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_a_checkpoint_goes_on_under_another_strategy_and_is_exported(run, single, tmp_path, name):
+def test_a_checkpoint_goes_on_under_another_strategy_and_is_exported(server, run, single, tmp_path, name):
     source, target, override = MOVED[name]
     first = run(tmp_path / "first", *source, [], steps=8)
     path = checkpoints(first.folder / "checkpoints")[-1]
@@ -182,7 +182,7 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_is_exported(run, single
     losses = first.series("loss") + second.series("loss")
     np.testing.assert_allclose(losses, single.series("loss")[:12], rtol=1e-5)
     assert first.series("samples_digest") + second.series("samples_digest") == single.series("samples_digest")[:12]
-    exported = python(ROOT / "tools/export.py", first.folder, tmp_path / "exported")
+    exported = python(ROOT / "tools/export.py", first.folder, tmp_path / "exported", server=server)
     assert exported.returncode == 0, exported.stderr
     written = ViTForImageClassification.from_pretrained(tmp_path / "exported").state_dict()
     torch.testing.assert_close(dict(written), weights(first), rtol=0, atol=0)
@@ -308,12 +308,12 @@ def test_each_strategy_fine_tunes_alike(run, runs, tuned, pretrained, name):
     assert weights(result)["vit.embeddings.position_embeddings"].shape == (1, 17, 64)
 
 
-def test_a_pretrained_network_is_looked_for_in_dsdir_too(pretrained, tuned, monkeypatch, tmp_path):
+def test_a_pretrained_network_is_looked_for_in_dsdir_too(run, pretrained, tuned, monkeypatch, tmp_path):
     home = tmp_path / "HuggingFace_Models/lab"
     home.mkdir(parents=True)
     (home / "vit").symlink_to(pretrained)
     monkeypatch.setenv("DSDIR", str(tmp_path))
-    found = launched(None, tmp_path / "run", "vit", "ddp", 1, ["--pretrained", "lab/vit"], steps=2)
+    found = run(tmp_path / "run", "vit", "ddp", 1, ["--pretrained", "lab/vit"], steps=2)
     assert found.series("loss") == tuned.series("loss")[:2]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     lost = python(ROOT / "recipes/vit.py", "--pretrained", "lab/other", "--output_dir", tmp_path / "other")

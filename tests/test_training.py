@@ -20,8 +20,8 @@ from shared.optim import build_scheduler, parameter_groups
 
 
 @pytest.fixture(scope="module")
-def two_processes(runs):
-    return train(runs / "two", "--epochs", "4", "--warmup_epochs", "2", num_processes=2)
+def two_processes(server, runs):
+    return train(runs / "two", "--epochs", "4", "--warmup_epochs", "2", num_processes=2, server=server)
 
 
 def test_the_demonstration_reaches_its_accuracy(demo):
@@ -83,7 +83,7 @@ def test_two_processes_learn(two_processes):
     assert "global batch 64 = 2 (data-parallel processes) x 32 (images)" in two_processes.text
 
 
-def test_an_image_folder_and_the_other_options(runs, image_folder):
+def test_an_image_folder_and_the_other_options(server, runs, image_folder):
     """One launch: folder source, cosine, bf16, channels-last, accumulation, clipping, all trackers, the trace."""
     run = train(
         runs / "options",
@@ -92,6 +92,7 @@ def test_an_image_folder_and_the_other_options(runs, image_folder):
         *["--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--logging_steps", "1"],
         *["--report_to", "tensorboard,wandb,mlflow", "--profile"],
         mixed_precision="bf16",
+        server=server,
     )
     assert run.config["identity"]["mixed_precision"] == "bf16"
     assert run.config["classes"] == [f"digit-{label}" for label in range(10)]
@@ -130,8 +131,9 @@ def test_two_launchers_are_two_nodes_with_the_same_losses(runs, topologies):
     np.testing.assert_allclose([line["loss"] for line in lines], topologies[2, 1].series("loss")[:4], rtol=1e-4)
 
 
-def test_compile_gives_the_losses_of_eager(runs, topologies):
-    run = train(runs / "compiled", *SHORT, "--norm", "group", "--max_grad_norm", "1", "--compile", "--max_steps", "4")
+def test_compile_gives_the_losses_of_eager(server, runs, topologies):
+    flags = [*SHORT, "--norm", "group", "--max_grad_norm", "1", "--compile", "--max_steps", "4"]
+    run = train(runs / "compiled", *flags, server=server)
     np.testing.assert_allclose(run.series("loss"), topologies[1, 1].series("loss")[:4], rtol=1e-4)
 
 

@@ -162,7 +162,7 @@ def test_all_blocks_share_one_compiled_program(batch):
         torch.testing.assert_close(model(*batch), expected)
 
 
-def test_blocks_that_are_compiled_one_by_one_train_alike(runs):
+def test_blocks_that_are_compiled_one_by_one_train_alike(server, runs):
     """With activation checkpointing and stochastic depth, whose random numbers the compiler sees too."""
     recipe = ROOT / "recipes/vit.py"
     flags = [
@@ -178,7 +178,7 @@ def test_blocks_that_are_compiled_one_by_one_train_alike(runs):
         "1",
     ]
     flags += ["--warmup_epochs", "0.2", "--activation_checkpointing"]
-    eager = train(runs / "vit-eager", *flags, recipe=recipe)
-    compiled = train(runs / "vit-compiled", *flags, "--compile", recipe=recipe)
+    eager = train(runs / "vit-eager", *flags, recipe=recipe, server=server)
+    compiled = train(runs / "vit-compiled", *flags, "--compile", recipe=recipe, server=server)
     np.testing.assert_allclose(compiled.series("loss"), eager.series("loss"), rtol=1e-4)
     assert compiled.series("loss") != eager.series("loss")
