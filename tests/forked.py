@@ -28,9 +28,10 @@ RUNNING = 1000  # no exit status
 PATIENCE = 15  # seconds that the other workers have after one failed; torchrun's are 30
 MOST_SECONDS = 500  # of a launch; pytest ends a test after 600
 
-# What the interpreter or a library reads once, when it starts or is imported: a fork cannot be given another value.
-READ_AT_IMPORT = ("HOME", "LANG", "LC_", "LD_", "PYTHON", "XDG_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_")
-READ_AT_IMPORT += ("TORCHINDUCTOR_", "TORCH_LOGS", "TRITON_", "DS_BUILD_", "DS_SKIP_", "MPL", "WANDB_", "MLFLOW_")
+# What the interpreter or a library that the server imports reads once: a fork cannot be given another value.
+READ_AT_IMPORT = ("HOME", "LANG", "LC_", "LD_", "PYTHON", "XDG_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_", "TRITON_")
+READ_AT_IMPORT += ("TRANSFORMERS_", "TORCHINDUCTOR_", "TORCH_LOGS", "DS_BUILD_", "DS_SKIP_", "MLFLOW_")
+LATER = ("datasets", "matplotlib", "wandb")  # which read their variables in the fork that imports them
 
 
 class Server:
@@ -271,6 +272,7 @@ def main() -> None:
     import vit_pp  # noqa: F401  every recipe's libraries and shared/
     import vit_zero  # noqa: F401
 
+    assert not sys.modules.keys() & {*LATER}
     gc.freeze()  # or each collection in a fork would touch, and so copy, all that was imported
     request = serve(answers)
     for stream, file in zip((0, 1, 2), (os.devnull, *request["files"]), strict=True):
