@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import SIZES, UserError
+from .run_folder import recipe_source
 
 # Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
@@ -60,6 +61,7 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     device lacks, sizes that do not multiply to the processes, and settings that are made in two places.
     """
     _die_with_launcher()
+    recipe_source()
     on_cpu = _forced_cpu() or not torch.cuda.is_available()
     _check_strategy(strategies)
     _check_precision(on_cpu)

@@ -4,6 +4,7 @@
 import ast
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -129,11 +130,12 @@ def git_commit() -> str | None:
     return None
 
 
+@functools.cache
 def recipe_source() -> dict[str, str]:
     """Name -> hash of each function, class and constant of the recipe, with where it imports from what it uses.
 
     Comments, docstrings and layout do not count, nor do the fields of Config: their values are the run's identity.
-    Nothing where there is no file.
+    Nothing where there is no file. Read once, by build_accelerator: it may be edited while the data is listed.
     """
     path = Path(sys.argv[0])
     tree = ast.parse(path.read_bytes() if path.is_file() else "")

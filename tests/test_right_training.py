@@ -318,11 +318,15 @@ def test_only_what_a_recipe_does_counts(tmp_path, monkeypatch, old, new, names):
     sources = []
     for text in (RECIPE, RECIPE.replace(old, new)):
         path.write_text(text)
+        recipe_source.cache_clear()
         sources.append(recipe_source())
     assert text != RECIPE
     assert differing(*sources) == names
     assert differing({}, sources[0]) == []  # an older version wrote none
+    path.write_text("edited = 'while the data is listed'")
+    assert recipe_source() == sources[1]
     path.unlink()
+    recipe_source.cache_clear()
     assert recipe_source() == {}
 
 
