@@ -181,4 +181,4 @@ def test_blocks_that_are_compiled_one_by_one_train_alike(server, runs):
     eager = train(runs / "vit-eager", *flags, recipe=recipe, server=server)
     compiled = train(runs / "vit-compiled", *flags, "--compile", recipe=recipe, server=server)
     np.testing.assert_allclose(compiled.series("loss"), eager.series("loss"), rtol=1e-4)
-    assert compiled.series("loss") != eager.series("loss")
+    assert compiled.series("grad_norm") != eager.series("grad_norm")  # compiled: another rounding
