@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -216,7 +217,8 @@ def one_line(kind, error, trace) -> None:
         print(f"error: {error}", file=sys.__stderr__, flush=True)
     else:
         # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
         time.sleep(20)
     # Threads of a half-made process group could abort a normal exit and print over the line.
     sys.stdout.flush()
@@ -226,7 +228,5 @@ def one_line(kind, error, trace) -> None:
 
 def end_workers() -> None:
     """Of this process's loaders, by force."""
-    if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
-        for worker in workers:
-            worker.kill()
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -69,6 +69,11 @@ class Interruption:
         if self.deadline and time.time() + 1.5 * self.reserve + WATCH_SECONDS > self.deadline:
             self.note("deadline")
 
+    def noted(self) -> str:
+        """The reason to stop that this process can see, or an empty string; for who waits between two steps."""
+        self._watch()
+        return REASONS[self.seen]
+
     def agreed(self, step: int) -> str:
         """The reason to stop after this step, or an empty string; every process must call it after every step."""
         if self.watches:

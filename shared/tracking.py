@@ -94,6 +94,7 @@ class Run:
         self._start_window()
         if not self.finished:
             self._open(classes, trackers)
+            train_loader.noted = eval_loader.noted = self.interruption.noted
 
     def _claim(self) -> tuple[Path | None, dict]:
         """Rank 0: lock the folder; return the checkpoint to resume from and the former summary."""

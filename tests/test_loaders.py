@@ -4,9 +4,15 @@
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import tarfile
+import tempfile
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch_command, train
+from forked import children
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from shared.config import RunConfig, UserError
-from shared.data import open_data
+from shared.data import loaders, open_data
 from shared.data.loaders import STD, Batch
 from shared.data.order import augmentation_seed
 
@@ -471,3 +478,105 @@ def test_hugging_face_data_that_does_not_fit_is_refused(packed, server, tmp_path
     assert "Give a folder of parquet files" in line
     assert process.returncode
     assert not (tmp_path / "run").exists()
+
+
+# Waits have an end
+
+
+@pytest.fixture
+def long_path(tmp_path, monkeypatch):
+    """A TMPDIR in which no socket can have a name."""
+    folder = tmp_path / ("a" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    yield
+    multiprocessing.current_process()._config.pop("tempdir", None)
+
+
+@pytest.mark.parametrize("recipe", ["resnet", "resnet_torchdata", "resnet_webdataset"])
+def test_workers_that_could_not_send_are_refused_before_they_start(recipe, packed, long_path):
+    with pytest.raises(UserError, match=r"AF_UNIX path too long\. Set TMPDIR to a folder with a short path"):
+        build(recipe, packed["tar"], num_workers=1)
+
+
+def test_a_shared_memory_that_is_full_is_one_line():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # which a worker inherits; a batch needs 197,000
+    try:
+        loader, _ = build("resnet", "digits", num_workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(UserError, match=r"^/dev/shm has no room for 198272 bytes .* Give fewer --num_workers"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [("resnet", {}), ("resnet_torchdata", {"pipeline": "dataloader"}), ("resnet_webdataset", {})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_worker_that_is_killed_is_one_line(packed, recipe, flags, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "3")
+    before = {worker.pid for worker in multiprocessing.active_children()}
+    loader, _ = build(recipe, packed["tar"], num_workers=1, **flags)
+    batches = iter(loader)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        if worker.pid not in before:
+            worker.kill()
+    with pytest.raises(UserError, match="a loader worker died, perhaps for want of memory: DataLoader worker"):
+        list(batches)
+    assert capfd.readouterr().err.count("error: rank 3: a loader worker died") == 1
+
+
+def test_a_batch_that_never_comes_ends_the_program(tmp_path):
+    """Here from a thread, as DALI's and torchdata's nodes'."""
+    if (pid := os.fork()) == 0:
+        os.dup2(os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT), 2)
+        loaders.LIMIT = 2
+        dataset = build("resnet", "digits")[0].dataset
+        future = Future()
+        loader = loaders.Loader(dataset, torch.device("cpu"), 0, read=lambda *_: (future.result() for _ in "a"))
+        list(loader)
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    said = (tmp_path / "output").read_text()
+    assert said.count("\n") == 1
+    assert said.startswith("error: batch 1 of the training images did not come for 2 s. The loader stands still: look")
+
+
+IMPATIENT = """
+import runpy, sys
+from shared.data import loaders
+loaders.PATIENCE = 2
+runpy.run_path("recipes/resnet.py", run_name="__main__")
+"""
+
+
+def test_a_signal_while_no_batch_comes_ends_the_run(runs, server, tmp_path):
+    """Its workers are stopped, as by a storage that does not answer, and what they had ready is trained on."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    flags = [*FLAGS, "--epochs", "100", "--checkpointing_steps", "2", "--output_dir", str(runs / "still")]
+    launch = server.start([*launch_command()[2:], str(tmp_path / "impatient.py"), *flags])
+    metrics = runs / "still/metrics.jsonl"
+    waiting(lambda: metrics.exists() and metrics.read_text().count("\n") > 4)
+    (training,) = launch.workers
+    launch.kill(children(training), signal.SIGSTOP)
+    size = 0
+    while size < (size := metrics.stat().st_size):
+        time.sleep(2)
+    launch.kill([training], signal.SIGTERM)
+    process = launch.wait()
+    assert process.returncode == 1
+    last = process.stdout.strip().splitlines()[-1]
+    assert last.startswith("error: batch ")
+    assert "so the run stops (signal) without a checkpoint of its last steps; the same command resumes it" in last
+    assert list((runs / "still/checkpoints").glob("step-*"))
+
+
+def waiting(condition) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)

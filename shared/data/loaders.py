@@ -6,9 +6,12 @@ The loaders are already this process's own: they must not go through `accelerato
 
 import atexit
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import UserError, end_workers, say
+from ..config import UserError, end_workers, one_line, say
 from ..interruption import ignore_signals
 from .decode import View, render
 from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
@@ -33,6 +36,8 @@ PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
 _sent: set[int] = set()  # of a worker: addresses of its slots that its parent has mapped
 _mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
+LIMIT = 600  # seconds without a batch, as NCCL waits for its peers
+PATIENCE = 20  # seconds without a batch once the run is to stop: torchrun's workers are killed after 30
 TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
 
@@ -185,12 +190,23 @@ class _Slots:
         self.holds[slot], memory = self.batch, self.memory[slot]
         if memory is None or len(memory) != size:
             _sent.difference_update([] if memory is None else [memory.data_ptr()])
-            self.memory[slot] = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+            self.memory[slot] = torch.empty(0, dtype=torch.uint8).set_(_shared(size))
         return self.memory[slot]
 
     def _free(self) -> int | None:
         used = self.batch - len(self.holds) + 1 if self.used is None else int(self.used)
         return next((slot for slot, batch in enumerate(self.holds) if batch < used), None)
+
+
+def _shared(size: int) -> torch.UntypedStorage:
+    """So many bytes that other processes can map."""
+    try:
+        return torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        raise UserError(
+            f"/dev/shm has no room for {size} bytes of a loader worker's: {str(error).splitlines()[0]}. Give fewer "
+            "--num_workers, a smaller batch or --image_size, or the container more of it (docker --shm-size)."
+        ) from error
 
 
 _slots = _Slots()
@@ -213,7 +229,11 @@ def worker_options(
     num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
 ) -> dict:
     """What every DataLoader of this collection is given. used: see _Slots; without it, a worker's batch is good until
-    the next one but one."""
+    the next one but one.
+
+    Raises UserError where workers could not send what they make."""
+    if num_workers:
+        _try_to_send()
     return {
         "collate_fn": _as_is,
         "num_workers": num_workers,
@@ -233,10 +253,36 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
+def _try_to_send() -> None:
+    """Make one of all that a worker's batch comes through. A worker that could not would only keep it."""
+    try:
+        multiprocessing.connection.Listener(family="AF_UNIX").close()  # for descriptors of shared memory
+    except OSError as error:
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+        raise UserError(
+            f"loader workers need sockets in {folder}, and there can be none: {error}. Set TMPDIR to a folder with a "
+            "short path that can be written, such as /tmp, or give --num_workers 0."
+        ) from error
+    try:
+        multiprocessing.SimpleQueue()
+    except OSError as error:
+        raise UserError(
+            f"loader workers need /dev/shm: {error}. Make it writable, or give --num_workers 0."
+        ) from error
+    _shared(1)
+
+
 def start_workers(loader: DataLoader) -> None:
     """Now, while no other thread computes: a lock that one held would stay locked in a fork."""
-    if loader.num_workers:
+    if not loader.num_workers:
+        return
+    try:
         iter(loader)
+    except OSError as error:  # no more processes, descriptors or memory
+        raise UserError(f"a loader worker cannot start: {error}. Give fewer --num_workers.") from error
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise wherever the program is when a worker dies; who waits for its batch finds out.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _Numbered(Dataset):
@@ -285,6 +331,60 @@ class WorkerLoader:
                 self.used.fill_(self.numbered.asked)  # whoever waits need not
 
 
+class _Watch(threading.Thread):
+    """Over one pass: ends the program in one line where a batch does not come for LIMIT seconds, or for PATIENCE from
+    when the run was to stop. A thread, for what waits may be within any library, and the batch come from any."""
+
+    def __init__(self, images: str, noted: Callable[[], str]):
+        super().__init__(daemon=True)
+        self.images, self.noted = images, noted
+        self.batch, self.waiting, self.over = 0, False, threading.Event()
+
+    def wait(self, function: Callable, *arguments):
+        """What the function returns. Raises UserError where a worker did, or died."""
+        self.batch, self.waiting = self.batch + 1, True
+        try:
+            return function(*arguments)
+        except UserError as error:  # torch has put the worker's traceback before the line
+            raise _failed(str(error).strip().rpartition("UserError: ")[2]) from None
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory")):
+                raise
+            raise _failed(
+                f"a loader worker died, perhaps for want of memory: {error}. Give fewer --num_workers, or more memory."
+            ) from error
+        finally:
+            self.waiting = False
+
+    def run(self) -> None:
+        batch, seconds, asked = 0, 0, 0
+        while not self.over.wait(1):  # seconds are counted: a process that was suspended has not waited
+            if not self.waiting or batch != self.batch:
+                batch, seconds, asked = self.batch, 0, 0
+                continue
+            reason = self.noted()
+            seconds, asked = seconds + 1, asked + bool(reason)
+            if asked >= PATIENCE or seconds >= LIMIT:
+                _end(f"batch {batch - 1} of the {self.images} images did not come for {seconds} s", reason)
+
+
+def _end(line: str, reason: str) -> None:
+    """The program, from any thread, with status 1."""
+    if reason:
+        line += f", so the run stops ({reason}) without a checkpoint of its last steps; the same command resumes it"
+    line += (
+        ". The loader stands still: look whether the storage of --data answers, and at the workers with py-spy dump"
+    )
+    one_line(UserError, _failed(f"{line}."), None)
+
+
+def _failed(line: str) -> UserError:
+    """To raise. It is of this process alone, so that rank 0, which says what all know, would be silent."""
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        say(f"error: rank {rank}: {line}", sys.stderr)
+    return UserError(line)
+
+
 class Loader:
     """Batches on the device; for training, from any global step to the end of that step's epoch."""
 
@@ -304,6 +404,7 @@ class Loader:
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
         )
         self.batches = read(dataset, num_workers, device)
+        self.noted: Callable[[], str] = str  # why the run is to stop, or an empty string: a Run sets it
 
     def __len__(self) -> int:
         return len(self.order)
@@ -314,18 +415,17 @@ class Loader:
         return self
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.batches)
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except UserError as error:  # of a worker: torch has put its traceback before the line
-                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
-            if batch is None:
-                return
-            for name in batch.torn:
-                say(f"torn image: {name}", sys.stderr)
-            yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
+        watch = _Watch("training" if isinstance(self.order, TrainingOrder) else "held-out", self.noted)
+        watch.start()
+        try:
+            begin, batches = time.perf_counter(), watch.wait(iter, self.batches)
+            while batch := watch.wait(next, batches, None):
+                for name in batch.torn:
+                    say(f"torn image: {name}", sys.stderr)
+                yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
+                begin = time.perf_counter()
+        finally:
+            watch.over.set()
 
     def _to_device(self, batch: Batch) -> Batch:
         images, labels, valid, seeds, mirrored = (tensor.to(self.device, non_blocking=True) for tensor in batch[:5])
