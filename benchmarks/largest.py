@@ -92,8 +92,8 @@ def train(case: str, size: str, arguments: argparse.Namespace, images: Path, fol
         return {"result": "out of memory" if no_room else (lines or ["failed"])[0][:200]}
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["samples_per_second"] for line in steps if "loss" in line]
-    # The last step: the first ones compile and warm up.
+    rates = [line["samples_per_second"] for line in steps if "samples_per_second" in line]
+    # The last step: those before it warm up.
     return {
         "result": "trains",
         "peak_memory_bytes": summary["peak_memory_bytes"],

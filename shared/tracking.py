@@ -37,6 +37,7 @@ from .checkpoint import (
 from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch
 from .data.decode import decoder
+from .data.description import describe
 from .interruption import Interruption
 from .run_folder import (
     MetricsFile,
@@ -68,6 +69,7 @@ class Run:
     def __init__(self, accelerator: Accelerator, run_config: RunConfig, config, train_loader, eval_loader):
         self.accelerator, self.run_config, self.config = accelerator, run_config, config
         classes, epoch_steps = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
+        self.views = train_loader.dataset, eval_loader.dataset
         self.recipe = Path(sys.argv[0]).stem
         self.identity = identity(self.recipe, mixed_precision(), run_config, config)
         default = Path("runs") / f"{self.recipe}-{identity_hash(self.identity)}"
@@ -85,13 +87,15 @@ class Run:
         self.checkpoint, self.former = on_main_process(accelerator, self._claim)
         self.finished = self.former.get("status") == "finished" and self.former["steps"] >= self.last_step
         self.step, self.first_step, self.saved_step, self.evaluation = 0, 0, 0, {}
-        self.torn, self.train_seconds, self.launched = 0, 0.0, time.perf_counter()
+        self.torn, self.launched = 0, time.perf_counter()
         self.interrupted = ""  # or the reason, the same one on every process
         self.evaluation_seconds, self.step_end = 0.0, time.perf_counter()
+        self.train_steps, self.train_seconds = 0, 0.0  # see _count_time
+        self.window_start = self.train_steps, self.train_seconds
+        self.losses, self.samples, self.digest, self.wait_seconds = [], [], 0, 0.0
         self.metrics, self.warned = MetricsFile(self.folder / "metrics.jsonl"), set()
         self.skipped = False  # the last step, for its loss or gradient was not finite
         self.profiler = SimpleNamespace(step=lambda: None)
-        self._start_window()
         if not self.finished:
             self._open(classes, trackers)
             train_loader.noted = eval_loader.noted = self.interruption.noted
@@ -142,7 +146,9 @@ class Run:
         return differing(self.identity["source"], former.get("source", {})) if same else []
 
     def _open(self, classes: list[str], trackers: list[str]) -> None:
-        self.say(self._batch_line())
+        if self.accelerator.is_main_process:
+            epoch_images = self.epoch_steps * self.config.global_batch_size
+            self.say("\n".join([*describe(*self.views, epoch_images), self._batch_line()]))
         on_main_process(self.accelerator, self._begin_files, classes)
         options = self.run_config.keep_checkpoints, self.run_config.async_checkpoint
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator, self.identity, *options)
@@ -150,6 +156,7 @@ class Run:
         self._start_trackers(trackers)
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal, not in a log file
         self.bar = tqdm(total=self.last_step, unit="step", disable=hidden, dynamic_ncols=True)
+        self.shown: dict[str, str] = {}  # beside the bar
 
     def _begin_files(self, classes: list[str]) -> None:
         former = read_json(self.folder / "config.json").get("decoder", decoder())
@@ -230,11 +237,11 @@ class Run:
         self.step = self.first_step = self.saved_step = state["step"]
         self.torn = state["torn"] if data_parallel(self.accelerator)[0] == 0 else 0
         on_main_process(self.accelerator, self._go_back)
-        self.bar.update(self.step)
+        self.bar.initial = self.bar.n = self.bar.last_print_n = self.step  # no steps of this start, for its rate
+        self._show(**self._accuracy())
         self.say(f"resumed at step {self.step} of {self.total_steps}")
         if names := differing(self.shared_source, read_manifest(self.checkpoint).get("shared", {})):
             self.say(f"warning: not as when it was written, in shared/: {', '.join(names)}")
-        self._start_window()
 
     def _go_back(self) -> None:
         with writing(self.folder):
@@ -266,7 +273,7 @@ class Run:
         # The last save waits for the one in the background that is at work then.
         at_end = self.checkpoints.seconds * (1 + self.run_config.async_checkpoint)
         self.interruption.reserve = at_end + self.evaluation_seconds
-        self.window_start += time.perf_counter() - begin  # no time of training
+        self.step_end += time.perf_counter() - begin  # no time of training
 
     def _say_unsaved(self, error: SaveError | None) -> None:
         if error:
@@ -313,12 +320,15 @@ class Run:
 
         grad_norm is the norm before clipping.
         """
-        logged = self.will_log
-        self.step, self.step_end = self.step + 1, time.perf_counter()
+        logged, first = self.will_log, self.step == self.first_step
+        if logged or first:
+            loss = torch.stack(self.losses).mean().item()  # waits for the device
+        self.step += 1
+        self._count_time(first)
         self.bar.update()
         at_end = self.step % self.epoch_steps == 0
         if logged:
-            self._log_step(learning_rate, grad_norm)
+            self._log_step(loss, learning_rate, grad_norm)
         elif at_end:  # before its count is dropped
             self._refuse_torn_training(all_reduce_sum(self.accelerator, [self.torn])[0])
         self.losses, self.samples, self.digest = [], [], 0
@@ -327,6 +337,16 @@ class Run:
         reason = self.interruption.agreed(self.step)
         if self.step < self.last_step:
             self.interrupted = reason
+
+    def _count_time(self, first: bool) -> None:
+        """Training time is that from the end of one step to the end of the next, less saves and evaluations between
+        them. A start's first step has none: it waits for the first batch, compiles and tunes kernels."""
+        now = time.perf_counter()
+        if first:
+            self.wait_seconds = 0.0
+        else:
+            self.train_steps, self.train_seconds = self.train_steps + 1, self.train_seconds + now - self.step_end
+        self.step_end = now
 
     def is_finite(self, grad_norm: Tensor) -> bool:
         """Whether the optimizer may step: call it on every process before it does.
@@ -376,34 +396,45 @@ class Run:
             "--on_nonfinite skip."
         )
 
-    def _log_step(self, learning_rate: float, grad_norm: Tensor) -> None:
+    def _log_step(self, mean_loss: float, learning_rate: float, grad_norm: Tensor) -> None:
         size = data_parallel(self.accelerator)[1]
-        mean_loss = torch.stack(self.losses).mean().item()  # waits for the device
-        seconds = time.perf_counter() - self.window_start
         # The digest in two halves: float64 adds 32-bit numbers exactly.
         parts = [mean_loss, self.digest >> 32 & 0xFFFFFFFF, self.digest & 0xFFFFFFFF, self.wait_seconds, self.torn]
         loss, high, low, wait, torn = all_reduce_sum(self.accelerator, parts)
-        samples = self.step * self.config.global_batch_size
-        rate = (self.step - self.window_step) * self.config.global_batch_size / seconds
+        speed = self._speed(wait / size)
         self._log(
             {
                 "step": self.step,
                 "epoch": (self.step - 1) // self.epoch_steps,
-                "samples": samples,
+                "samples": self.step * self.config.global_batch_size,
                 "loss": _number(loss / size),
                 "samples_digest": f"{((int(high) << 32) + int(low)) % 2**64:016x}",
                 "learning_rate": learning_rate,
                 "grad_norm": _number(_whole(grad_norm).item()),
-                "samples_per_second": round(rate, 1),
-                "data_wait_fraction": round(wait / size / seconds, 4),
+                **speed,
                 **({"torn": int(torn)} if torn else {}),
                 **({"skipped": True} if self.skipped else {}),
             }
         )
         self._refuse_torn_training(torn)
-        accuracy = {"accuracy": f"{self.evaluation['accuracy']:.2%}"} if self.evaluation else {}
-        self.bar.set_postfix({"loss": f"{loss / size:.4f}", **accuracy, "images/s": f"{rate:.0f}"}, refresh=False)
-        self._end_window()
+        rate = {"images/s": f"{speed['samples_per_second']:.0f}"} if speed else {}
+        self._show(loss=f"{loss / size:.4f}", **self._accuracy(), **rate)
+        self.window_start, self.wait_seconds = (self.train_steps, self.train_seconds), 0.0
+
+    def _speed(self, wait_seconds: float) -> dict[str, float]:
+        """Of the training time since the last line; nothing where there is none: see _count_time."""
+        steps, seconds = self.train_steps - self.window_start[0], self.train_seconds - self.window_start[1]
+        if not steps:
+            return {}
+        rate = round(steps * self.config.global_batch_size / seconds, 1)
+        return {"samples_per_second": rate, "data_wait_fraction": round(wait_seconds / seconds, 4)}
+
+    def _accuracy(self) -> dict[str, str]:
+        return {"accuracy": f"{self.evaluation['accuracy']:.2%}"} if self.evaluation else {}
+
+    def _show(self, **values: str) -> None:
+        self.shown |= values
+        self.bar.set_postfix(self.shown, refresh=False)
 
     def _refuse_torn_training(self, torn: float) -> None:
         """torn: of the epoch so far, on all processes."""
@@ -418,7 +449,6 @@ class Run:
 
     def log_evaluation(self, result: dict[str, float]) -> None:
         """Record accuracy, eval_loss and eval_samples (and eval_torn) after this step; also say them in a line."""
-        self._end_window()
         self.evaluation_seconds = max(self.evaluation_seconds, time.perf_counter() - self.step_end)
         epoch = (self.step - 1) // self.epoch_steps
         self.evaluation = {"step": self.step, "epoch": epoch, **result}
@@ -427,11 +457,13 @@ class Run:
         self._log(self.evaluation)
         if self.accelerator.is_main_process:
             self._write_summary("running")
+        self._show(**self._accuracy())
+        rate = f"  {self._rate():.0f} images/s" if self.train_steps else ""
         self.say(
             f"epoch {epoch + 1}/{self.config.epochs}  step {self.step}  accuracy {result['accuracy']:.2%}  "
-            f"eval loss {result['eval_loss']:.4f}  {self._rate():.0f} images/s"
+            f"eval loss {result['eval_loss']:.4f}{rate}"
         )
-        self._start_window()
+        self.step_end = time.perf_counter()
 
     def _log(self, line: dict) -> None:
         numbers = {name: value for name, value in line.items() if not isinstance(value, str) and name != "step"}
@@ -455,18 +487,9 @@ class Run:
                 self.say(f"warning: {name} cannot be written: {error.strerror or error}; training goes on")
             self.warned.add(name)
 
-    def _start_window(self) -> None:
-        """Rates and waiting are averaged over windows of training, evaluations left out."""
-        self.losses, self.samples, self.digest, self.wait_seconds = [], [], 0, 0.0
-        self.window_step, self.window_start = self.step, time.perf_counter()
-
-    def _end_window(self) -> None:
-        self.train_seconds += time.perf_counter() - self.window_start
-        self._start_window()
-
     def _rate(self) -> float:
-        """Images a second over the training of this start."""
-        return (self.step - self.first_step) * self.config.global_batch_size / max(self.train_seconds, 1e-9)
+        """Images a second over the training time of this start, 0 before its second step."""
+        return self.train_steps * self.config.global_batch_size / max(self.train_seconds, 1e-9)
 
     # Trackers and trace
 
@@ -523,9 +546,10 @@ class Run:
             self.say(f"interrupted ({self.interrupted}) at step {self.step} of {self.total_steps}; the checkpoint is")
             self.say(f"  {self.newest_checkpoint}")
             return self.say("The same command goes on from there.")
+        rate = f", {summary['samples_per_second']} images/s" if summary.get("samples_per_second") else ""
         self.say(
             f"{'already ' if self.finished else ''}finished: top-1 accuracy {summary.get('accuracy', 0):.2%}, "
-            f"{summary.get('steps')} steps, {summary.get('seconds')} s, {summary.get('samples_per_second')} images/s"
+            f"{summary.get('steps')} steps, {summary.get('seconds')} s{rate}"
         )
         for name in ("summary.json", "metrics.jsonl", "tensorboard"):
             if (self.folder / name).exists():
@@ -542,7 +566,7 @@ class Run:
             "steps": self.step,
             "samples": self.step * self.config.global_batch_size,
             "seconds": round(before + time.perf_counter() - self.launched, 2),
-            "samples_per_second": round(self._rate(), 1),
+            "samples_per_second": round(self._rate(), 1) or None,  # see _count_time
             "peak_memory_bytes": _peak_memory(self.accelerator.device),
             "world_size": self.accelerator.num_processes,
             "data_parallel_size": data_parallel(self.accelerator)[1],

@@ -148,7 +148,7 @@ ROOMS = {
         "__init__ accelerator config interruption locks metrics optim run_folder tracking data/order",
     ),
     "checkpoint": (900, "checkpoint tensor_files"),
-    "images": (2100, "data/__init__ crop_jpeg decode index loaders native shards sources storage views"),
+    "images": (2100, "data/__init__ crop_jpeg decode description index loaders native shards sources storage views"),
     "models": (500, "vit"),
     "parts of one recipe": (250, "pipeline data/streams"),
 }

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run trains on, in the lines that it opens with."""
+
+import numpy as np
+
+from .decode import opened
+from .loaders import Views
+from .sources import Source
+
+LOOKED_AT = 16  # images of each part, evenly spaced, whose headers tell sizes
+USUAL = 224  # pixels: ImageNet's convention
+FAR = 4  # times larger than what the network sees: most of an image is lost, or decoded for nothing
+
+
+def describe(train: Views, held_out: Views, epoch_images: int) -> list[str]:
+    """Return lines of at most 80 columns: images, classes and sizes of each part, what the network sees of them, and
+    how many images an epoch of `epoch_images` leaves out.
+
+    Sizes are width x height in pixels, from the smallest to the largest of the images looked at; undecodable ones
+    have none.
+    """
+    size, sizes = train.image_size, _sizes(train.source)
+    lines = [f"training: {_part(train.source, sizes)}", f"held out: {_part(held_out.source, _sizes(held_out.source))}"]
+    left_out = len(train) - epoch_images
+    rest = f"; an epoch leaves out {left_out:,} images, no whole batch" if left_out else ""
+    lines.append(f"the network sees {size} x {size} pixels{rest}")
+    return lines + _hint(size, sizes)
+
+
+def _part(source: Source, sizes: list[tuple[int, int]]) -> str:
+    present, known = np.count_nonzero(np.bincount(source.labels[source.labels >= 0])), len(source.classes)
+    classes = f"{known:,}" if present == known else f"{present:,} of {known:,}"
+    ends = dict.fromkeys(f"{width} x {height}" for width, height in (sizes[:1] + sizes[-1:]))
+    pixels = f", {' to '.join(ends)} pixels" if ends else ""
+    return f"{len(source):,} images, {classes} classes{pixels}"
+
+
+def _sizes(source: Source) -> list[tuple[int, int]]:
+    """(width, height), the smallest area first."""
+    numbers = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist()
+    found = [_size(source, number) for number in numbers]
+    return sorted((size for size in found if size), key=lambda size: (size[0] * size[1], size))
+
+
+def _size(source: Source, number: int) -> tuple[int, int] | None:
+    try:
+        image = source.images[number]
+        if isinstance(image, np.ndarray):
+            return image.shape[1], image.shape[0]
+        with opened(image) as file:
+            return file.size
+    except (OSError, ValueError):
+        return None
+
+
+def _hint(size: int, sizes: list[tuple[int, int]]) -> list[str]:
+    """Of the image in the middle, where it is far larger than what the network sees."""
+    width, height = sizes[len(sizes) // 2] if sizes else (0, 0)
+    if min(width, height) <= FAR * size:
+        return []
+    if size < USUAL:
+        return [f"hint: images of {width} x {height} pixels lose much there; try --image_size {USUAL}"]
+    return [f"hint: {width} x {height} pixels are slow to decode: tools/pack.py --max_side {FAR * size}"]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself: its data in the first lines, a rate that is of training alone, a bar that keeps up."""
+
+import importlib
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, Result, train
+from PIL import Image
+
+from shared.data import Source, open_data
+from shared.data.description import describe
+from shared.data.storage import Files, Pixels
+
+PAUSE = 3  # seconds
+# resnet.py with a slow start and slow evaluations, whose standard error is a terminal; what it shows goes to a file.
+SLOW = f"""
+import os, sys, termios, threading, time
+import resnet
+
+def slowly(function):
+    def call(*arguments):
+        time.sleep({PAUSE})
+        return function(*arguments)
+    return call
+
+terminal, other = os.openpty()
+termios.tcsetwinsize(terminal, (40, 200))
+os.dup2(other, 2)
+shown = open(os.path.join(sys.argv[sys.argv.index("--output_dir") + 1] + ".shown"), "wb", buffering=0)
+
+def copy():
+    while True:
+        shown.write(os.read(terminal, 1024))
+
+threading.Thread(target=copy, daemon=True).start()
+resnet.build_model, resnet.evaluate = slowly(resnet.build_model), slowly(resnet.evaluate)
+resnet.main(*resnet.parse(resnet.RunConfig, resnet.Config))
+time.sleep(0.5)
+"""
+
+
+@pytest.fixture(scope="module")
+def slow(server, tmp_path_factory) -> Result:
+    folder = tmp_path_factory.mktemp("output")
+    (folder / "slow.py").write_text(SLOW)
+    flags = ["--epochs", "2", "--global_batch_size", "256", "--image_size", "16", "--logging_steps", "3"]
+    flags += ["--report_to", "none", "--num_workers", "1"]
+    return train(folder / "run", *flags, recipe=folder / "slow.py", server=server)
+
+
+def test_the_first_lines_say_what_is_trained_on(slow):
+    lines = slow.process.stdout.splitlines()
+    assert lines[:5] == [
+        str(slow.folder),
+        "training: 1,437 images, 10 classes, 32 x 32 pixels",
+        "held out: 360 images, 10 classes, 32 x 32 pixels",
+        "the network sees 16 x 16 pixels; an epoch leaves out 157 images, no whole batch",
+        "global batch 256 = 1 (data-parallel processes) x 256 (images) x 1 (accumulation); 2 epochs x 5 steps = "
+        "10 steps",
+    ]
+    assert all(len(line) <= 80 for line in lines[1:4])
+
+
+def test_the_rate_is_of_training_without_the_start_and_the_evaluations(slow):
+    """Eight or nine steps of 256 images, in less than the whole time without a start and two evaluations of 3 s."""
+    summary, rates = slow.summary, slow.series("samples_per_second")
+    assert (9 * 256) / summary["samples_per_second"] < summary["seconds"] - 3 * PAUSE
+    assert [line["step"] for line in slow.lines if "loss" in line] == [3, 6, 9, 10]
+    seconds = [steps * 256 / rate for steps, rate in zip((2, 3, 3, 1), rates, strict=True)]
+    assert sum(seconds) == pytest.approx((9 * 256) / summary["samples_per_second"], rel=0.01)
+    assert all(0 <= share <= 1 for share in slow.series("data_wait_fraction"))
+
+
+def test_the_bar_ends_with_the_accuracy_of_the_summary(slow):
+    shown = Path(f"{slow.folder}.shown").read_text()
+    accuracies = re.findall(r"accuracy=(\S+?)[,\]]", shown)
+    assert accuracies[-1] == f"{slow.summary['accuracy']:.2%}"
+    assert slow.series("accuracy")[0] != slow.summary["accuracy"]
+    assert "10/10" in shown
+
+
+# The description
+
+
+def described(parts: tuple[Source, Source], image_size: int, epoch_images: int | None = None) -> list[str]:
+    train, held_out = (SimpleView(part, image_size) for part in parts)
+    lines = describe(train, held_out, len(parts[0]) if epoch_images is None else epoch_images)
+    assert all(len(line) <= 80 for line in lines)
+    return lines
+
+
+class SimpleView(SimpleNamespace):
+    def __init__(self, source: Source, image_size: int):
+        super().__init__(source=source, image_size=image_size)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def large(count: int, width: int, height: int, classes: int) -> Source:
+    """As many as ImageNet's, in the place of one."""
+    pixels = Pixels(np.broadcast_to(np.zeros((), dtype=np.uint8), (count, height, width, 3)))
+    return Source(pixels, np.arange(count) % classes, [str(number) for number in range(classes)])
+
+
+def test_photographs_for_a_small_network_have_a_hint():
+    parts = large(1_281_167, 4000, 3000, 1000), large(50_000, 4000, 3000, 1000)
+    assert described(parts, 32, 1_281_024) == [
+        "training: 1,281,167 images, 1,000 classes, 4000 x 3000 pixels",
+        "held out: 50,000 images, 1,000 classes, 4000 x 3000 pixels",
+        "the network sees 32 x 32 pixels; an epoch leaves out 143 images, no whole batch",
+        "hint: images of 4000 x 3000 pixels lose much there; try --image_size 224",
+    ]
+    assert described(parts, 224)[2:] == [
+        "the network sees 224 x 224 pixels",
+        "hint: 4000 x 3000 pixels are slow to decode: tools/pack.py --max_side 896",
+    ]
+    assert len(described(parts, 750)) == 3  # four times it, not more
+
+
+@pytest.fixture
+def pack(monkeypatch):
+    """tools/pack.py with these arguments."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    module = importlib.import_module("pack")
+
+    def call(*arguments) -> None:
+        monkeypatch.setattr("sys.argv", ["pack.py", *map(str, arguments)])
+        module.main(module.parse())
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_sizes_are_the_smallest_and_the_largest_that_were_seen(image_folder, tmp_path, kind, pack):
+    data = image_folder
+    if kind != "folder":
+        pack(image_folder, tmp_path / kind, "--format", kind, "--num_workers", "1")
+        data = tmp_path / kind
+    lines = described(open_data(str(data), 0, 0), 32)
+    assert re.fullmatch(r"training: 240 images, 10 classes, 3\d x 40 to 5\d x 40 pixels", lines[0])
+    assert re.fullmatch(r"held out: 60 images, 10 classes, 5\d x 40 to 6\d x 40 pixels", lines[1])
+    assert len(lines) == 3
+
+
+def test_undecodable_images_have_no_size(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    files = partial(Files, str(tmp_path))
+    some = Source(files(np.array([b"0.png", b"1.png", b"gone.png"])), np.array([0, 1, -1]), ["a", "b", "c"])
+    none = Source(files(np.array([b"1.png"])), np.array([0]), ["a", "b", "c"])
+    assert described((some, none), 32)[:2] == [
+        "training: 3 images, 2 of 3 classes, 30 x 20 pixels",
+        "held out: 1 images, 1 of 3 classes",
+    ]
