@@ -15,6 +15,8 @@ from pathlib import Path
 
 from report import ROOT, median_and_spread, table, write
 
+from shared.process import die_with_parent
+
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/local_ddp.yaml"]
 FIGURES = ("accuracy", "seconds", "samples_per_second", "peak_memory_bytes")
 
@@ -34,7 +36,8 @@ def train(recipe: str, seed: int, flags: list[str]) -> dict:
     """The summary of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *LAUNCH, f"recipes/{recipe}.py", *flags]
-        subprocess.run([*command, "--seed", str(seed), "--output_dir", f"{folder}/run"], cwd=ROOT, check=True)
+        words = [*command, "--seed", str(seed), "--output_dir", f"{folder}/run"]
+        subprocess.run(words, cwd=ROOT, check=True, preexec_fn=die_with_parent)
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
     return {"seed": seed} | {name: summary[name] for name in (*FIGURES, "steps", "world_size")}
 

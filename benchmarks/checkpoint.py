@@ -32,6 +32,7 @@ import resnet
 from shared.accelerator import build_accelerator
 from shared.checkpoint import Checkpoints, checkpoints, read_manifest
 from shared.interruption import Interruption
+from shared.process import die_with_parent, expand_home
 
 STEP_SECONDS = 0.1
 BEFORE = 9  # steps before a resume: within an epoch
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5, help="pairs of starts of the recipe")
     parser.add_argument("--folder", default=".", help="where to write: the file system that is measured")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(expand_home(sys.argv[1:]))
     if arguments.worker:
         return work(arguments, Path(arguments.worker))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -61,7 +62,8 @@ def main() -> None:
 def launch(arguments, *words) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(arguments.processes)]
     command += ["--config_file", str(ROOT / "accelerate_configs/local_ddp.yaml"), *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipes, preexec_fn=die_with_parent)
 
 
 def finish(process: subprocess.Popen) -> None:

@@ -24,6 +24,8 @@ from pathlib import Path
 from loaders import photographs
 from report import ROOT, cores, median_and_spread, table, write
 
+from shared.process import die_with_parent
+
 WARMUP, WINDOW = 40, 10  # steps
 
 
@@ -90,7 +92,7 @@ def train(recipe: str, data: str, folder: Path, arguments: argparse.Namespace) -
     command += [] if arguments.no_compile else ["--compile"]
     command += ["--channels_last", "--min_crop_area", "0.08", "--horizontal_flip", "--epochs", "90"]
     command += ["--logging_steps", str(WINDOW), "--report_to", "none", "--output_dir", str(folder)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=die_with_parent)
     if process.returncode:
         sys.exit(process.stdout + process.stderr)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

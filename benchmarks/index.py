@@ -21,6 +21,8 @@ from pathlib import Path
 
 from report import ROOT, median_and_spread, table, write
 
+from shared.process import die_with_parent
+
 OPEN = """
 import sys, time, psutil
 sys.path.insert(0, "{root}")
@@ -54,9 +56,8 @@ def opened(folder: Path, samples: int) -> tuple[float, float]:
     """Seconds and megabytes, in a process of its own."""
     code = OPEN.format(root=ROOT, data=folder / "data", samples=samples)
     environment = os.environ | {"SCRATCH": str(folder)}
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
+    pipes = {"check": True, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, **pipes, preexec_fn=die_with_parent)
     seconds, size = map(float, process.stdout.split())
     return seconds, size / 1e6
 

@@ -26,6 +26,8 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 from conftest import environment
 from slurm.cluster import Cluster, Job, missing
 
+from shared.process import die_with_parent
+
 FLAGS = ["--max_steps", "1", "--logging_steps", "1", "--num_workers", "0", "--report_to", "none"]
 RECIPE = str(ROOT / "recipes/vit.py")
 SCRIPT = ["--account=project@h100", "--time=30"]
@@ -90,7 +92,8 @@ def local(cluster: Cluster, run: Path) -> tuple[float, None, None]:
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--config_file"]
     words += [str(ROOT / "accelerate_configs/local_ddp.yaml"), RECIPE, *FLAGS, "--output_dir", "run"]
     begin = time.time()
-    process = subprocess.Popen(words, cwd=run, env=cluster.environment, stdout=subprocess.DEVNULL)
+    options = {"cwd": run, "env": cluster.environment, "stdout": subprocess.DEVNULL, "preexec_fn": die_with_parent}
+    process = subprocess.Popen(words, **options)
     seconds = first_step(run, lambda: process.poll()) - begin
     process.wait()
     return seconds, None, None
@@ -124,7 +127,8 @@ def first_step(run: Path, failed: Callable) -> float:
 def preflight(cluster: Cluster, run: Path, *options: str) -> tuple[float, None, None]:
     words = [sys.executable, str(ROOT / "tools/preflight.py"), "h100", "ddp", "--account=project@h100", *options, "--"]
     begin = time.time()
-    subprocess.run([*words, RECIPE, *FLAGS], cwd=run, env=cluster.environment, check=True, stdout=subprocess.DEVNULL)
+    options = {"cwd": run, "env": cluster.environment, "stdout": subprocess.DEVNULL, "preexec_fn": die_with_parent}
+    subprocess.run([*words, RECIPE, *FLAGS], check=True, **options)
     return time.time() - begin, None, None
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from report import ROOT, table, write
 
+from shared.process import die_with_parent
+
 # name: topology, recipe, the launcher's flags, the recipe's flags
 CASES = {
     "whole": ("ddp", "vit", [], []),
@@ -85,7 +87,7 @@ def train(case: str, size: str, arguments: argparse.Namespace, images: Path, fol
     command += ["--model", size, "--patch_size", str(patch_size), "--image_size", str(arguments.image_size)]
     command += ["--data", str(images), "--global_batch_size", str(arguments.batch_size), "--max_steps", "4"]
     command += ["--logging_steps", "1", "--report_to", "none", "--output_dir", str(folder)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=die_with_parent)
     if process.returncode:
         lines = [line for line in process.stderr.splitlines() if re.search(r"Error|error:", line)]
         no_room = "OutOfMemoryError" in process.stderr

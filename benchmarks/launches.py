@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # for memory_estimate
 from shared.accelerator import build_accelerator, data_parallel
 from shared.config import RunConfig
 from shared.data import Batch
+from shared.process import die_with_parent
 from shared.tracking import Run
 from shared.vit import SIZES, VisionTransformer, vit_config
 
@@ -163,7 +164,7 @@ def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         command += ["--num_processes", str(ranks), *strategy.flags, sys.argv[0], *flags, "--worker", folder]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, preexec_fn=die_with_parent)
         files = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         if not all(file.exists() for file in files):
             raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-8000:]}")

@@ -23,6 +23,7 @@ import argparse
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -48,10 +49,10 @@ import resnet_dali
 import resnet_torchdata
 import resnet_webdataset
 
-from shared.config import UserError
 from shared.data import Batch, Loader, TrainingOrder, Views, decode, open_data, training_view
 from shared.data.loaders import MEAN, PREFETCH, STD, WorkerLoader
 from shared.data.streams import read_streams
+from shared.process import UserError, die_with_parent, expand_home
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -344,6 +345,7 @@ def in_process(function: Callable, *arguments):
     ours, theirs = context.Pipe()
 
     def target():
+        die_with_parent(signal.SIGKILL)
         try:
             theirs.send((function(*arguments), ""))
         except Exception as error:
@@ -459,7 +461,8 @@ def two_over_one(args: argparse.Namespace) -> dict:
     print("one worker and two, by turns with one decoder and two", file=sys.stderr)
     cases = [{"num_workers": workers, "prefetch_factor": PREFETCH, "pin_memory": ON_GPU} for workers in (1, 2)]
     ratios = {"two_workers_over_one": [], "two_decoders_over_one": []}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, context, die_with_parent, (signal.SIGKILL,)) as pool:
         streams = [endless(case, args) for case in cases]
         for _ in range(PAIRS * args.rounds):
             loaded, decoders = [], [sum(pool.map(decoded, [args] * number)) for number in (1, 2)]
@@ -608,7 +611,7 @@ def arguments() -> argparse.Namespace:
         "--work", default=None, help="an existing folder on the disk to be measured; default: temporary"
     )
     parser.add_argument("--output", default="", help="a JSON file; its chart is put beside it")
-    args = parser.parse_args()
+    args = parser.parse_args(expand_home(sys.argv[1:]))
     # Every reader of streams gives an equal part of a batch.
     args.batch_size = -(-64 // max(1, args.num_workers)) * max(1, args.num_workers)
     unknown = set(args.loaders.split(",")) - {"", *LOADERS}

@@ -14,6 +14,8 @@ import time
 
 from report import ROOT, table, write
 
+from shared.process import die_with_parent
+
 
 def main() -> int:
     rows = [outcome(recipe.stem) for recipe in sorted((ROOT / "recipes").glob("*.py"))]
@@ -25,7 +27,8 @@ def main() -> int:
 def outcome(name: str) -> dict:
     """passed, refused by the one line that is given, or failed with the end of what it printed."""
     begin = time.perf_counter()
-    process = subprocess.run([sys.executable, ROOT / "tools/smoke.py", name], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, ROOT / "tools/smoke.py", name]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=die_with_parent)
     row = {"recipe": name, "outcome": "passed", "seconds": round(time.perf_counter() - begin, 1), "reason": None}
     if process.returncode:
         lines = process.stderr.splitlines()

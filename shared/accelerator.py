@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the Accelerator that the launcher asked for, on GPUs or, without them, on CPU processes."""
 
-import ctypes
 import functools
 import importlib.util
 import logging
@@ -22,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import SIZES, UserError
+from .launch import meeting
+from .process import die_with_parent
 from .run_folder import recipe_source
 
 # Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
@@ -68,23 +69,13 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     _check_processes(on_cpu)
     shape = _mesh_shape(config)
     _check_recipes_keys()
-    if strategy() in ("fsdp", "hsdp") and on_cpu and world_size() > 1:
-        # Accelerate makes FSDP of MULTI_GPU alone; with gloo processes it would train unsharded without a word.
-        PartialState(backend="gloo")
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    accelerator = Accelerator(
-        # One process without CUDA keeps Accelerate's own choice (MPS on a Mac); several talk through gloo.
-        cpu=strategy() == "ddp" and (_forced_cpu() or (on_cpu and world_size() > 1)),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,
-        project_config=ProjectConfiguration(),
-        parallelism_config=_parallelism_config(),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
-    )
+    with meeting():
+        accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
     # The launcher exports OMP_NUM_THREADS=1 whatever the machine.
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    set_seed(seed)
+    set_seed(seed % 2**32)  # NumPy's generator takes no more
+    torch.manual_seed(seed)
     if not torch.distributed.is_initialized() and any(hasattr(config, name) for name in SIZES):
         # `python recipes/vit_tp.py --tensor_parallel_size 1`: the code that splits finds a group of one.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
@@ -94,6 +85,22 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     if strategy().startswith("zero"):
         _configure_deepspeed(accelerator, config)
     return accelerator
+
+
+def _accelerator(config, on_cpu: bool) -> Accelerator:
+    if strategy() in ("fsdp", "hsdp") and on_cpu and world_size() > 1:
+        # Accelerate makes FSDP of MULTI_GPU alone; with gloo processes it would train unsharded without a word.
+        PartialState(backend="gloo")
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Accelerator(
+        # One process without CUDA keeps Accelerate's own choice (MPS on a Mac); several talk through gloo.
+        cpu=strategy() == "ddp" and (_forced_cpu() or (on_cpu and world_size() > 1)),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        project_config=ProjectConfiguration(),
+        parallelism_config=_parallelism_config(),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
+    )
 
 
 def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
@@ -276,8 +283,7 @@ def _die_with_launcher() -> None:
     force, for one may wait for a peer that is gone."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        die_with_parent()
         if os.getppid() == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
             sys.exit(1)  # it died while this process imported its libraries, and init took this one over
         threading.Thread(target=_end_by_force, args=(os.getppid(),), daemon=True).start()

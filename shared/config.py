@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two dataclasses, the run's and the recipe's, become one command line; what a user got wrong becomes one line."""
+"""Two dataclasses, the run's and the recipe's, become one command line."""
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from .launch import settle_variables
+from .process import UserError as UserError
+from .process import begin, expand_home
+from .process import end_workers as end_workers
+from .process import job_folder as job_folder
+from .process import one_line as one_line
+from .process import say as say
+from .process import tell_job as tell_job
 
 # What other projects call our flags.
 ALIASES = {
@@ -69,10 +72,6 @@ BOUNDS = {
 }
 
 
-class UserError(ValueError):
-    """What the person at the keyboard can put right: printed as one line, without a traceback."""
-
-
 @dataclass
 class RunConfig:
     """Where a run reads and writes. Only IDENTITY of these decides what is learned; the rest may change on resume."""
@@ -117,14 +116,17 @@ class _Parser(HfArgumentParser):
 def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
     """Read the command line into one object of each class.
 
-    From here on an uncaught UserError ends the program with one `error:` line from rank 0 and exit status 1.
+    arguments: instead of this program's, whose process it prepares (see process.begin).
     """
-    sys.excepthook = one_line
-    if "--help" in (arguments or sys.argv) and int(os.environ.get("RANK", 0)) != 0:
+    if arguments is None:
+        begin()
+        settle_variables()
+        arguments = sys.argv[1:]
+    if "--help" in arguments and os.environ.get("RANK", "0") != "0":
         sys.exit(0)
     parser = _Parser(config_classes, allow_abbrev=False)
     *configs, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
+        expand_home(arguments), return_remaining_strings=True, look_for_args_file=False
     )
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     for argument in unknown:
@@ -183,50 +185,3 @@ def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict
 def identity_hash(values: dict) -> str:
     """8 hex digits, the same wherever the same values are given."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def say(line: str, stream=None) -> None:
-    """Print at once, on standard output or the stream. Where it cannot be written (`| tee log`, which Ctrl-C ends
-    first; a log on a full disk) the words are lost, and the run goes on."""
-    with contextlib.suppress(OSError):
-        print(line, file=stream or sys.stdout, flush=True)
-
-
-def job_folder() -> Path | None:
-    """Where slurm/launch.sh and the processes that it started tell each other what they know."""
-    return Path(os.environ["RECIPES_JOB_FOLDER"]) if "RECIPES_JOB_FOLDER" in os.environ else None
-
-
-def tell_job(name: str, text: str) -> None:
-    """Into a file of job_folder(), for slurm/launch.sh."""
-    if folder := job_folder():
-        with contextlib.suppress(OSError):  # the folder goes with the job
-            (folder / name).write_text(text)
-
-
-def one_line(kind, error, trace) -> None:
-    """For sys.excepthook."""
-    rank = os.environ.get("RANK", 0)
-    if not isinstance(error, UserError):
-        tell_job(f"error-{rank}.txt", "".join(traceback.format_exception(kind, error, trace)))
-        sys.__excepthook__(kind, error, trace)
-        return
-    tell_job(f"error-{rank}.txt", f"error: {error}\n")
-    if int(rank) == 0:
-        # sys.stderr is a buffer here: init_process_group wraps this hook, to prefix what it prints with the rank.
-        print(f"error: {error}", file=sys.__stderr__, flush=True)
-    else:
-        # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
-        time.sleep(20)
-    # Threads of a half-made process group could abort a normal exit and print over the line.
-    sys.stdout.flush()
-    end_workers()  # they may be so new that they would not notice
-    os._exit(1)
-
-
-def end_workers() -> None:
-    """Of this process's loaders, by force."""
-    for worker in multiprocessing.active_children():
-        worker.kill()

@@ -579,9 +579,8 @@ class Run:
     def say(self, line: str) -> None:
         """Print one line from rank 0, above the bar."""
         if self.accelerator.is_main_process:
-            with contextlib.suppress(OSError):  # as shared.config.say
-                tqdm.write(line)
-                sys.stdout.flush()
+            tqdm.write(line)
+            sys.stdout.flush()
 
 
 def _trackers(report_to: str) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from shared.checkpoint import ASIDE, checkpoints, damage, read_manifest
-from shared.config import UserError
+from shared.process import UserError, begin, expand_home
 
 HEADER = ("step", "saved (UTC)", "strategy x processes", "accuracy", "MB", "state")
 SPLITS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
@@ -110,7 +110,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    begin()
     try:
-        sys.exit(main(parse()))
+        sys.exit(main(parse(expand_home(sys.argv[1:]))))
     except UserError as error:
         sys.exit(f"error: {error}")

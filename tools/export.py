@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 import shared
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
-from shared.config import UserError
+from shared.process import UserError, begin, expand_home
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
@@ -276,7 +276,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
+    begin()
     try:
-        main(parse())
+        main(parse(expand_home(sys.argv[1:])))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,6 @@ the same command goes on after the shards that were complete. Checksums are in t
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import hashlib
 import io
@@ -40,7 +39,6 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from shared.config import UserError
 from shared.data import Source, open_data
 from shared.data.decode import opened, upright
 from shared.data.index import NAME as INDEX
@@ -49,6 +47,7 @@ from shared.data.order import random_bits
 from shared.data.shards import is_complete
 from shared.data.sources import EXTENSIONS, HELD_OUT, split
 from shared.locks import complete, remove_partials, take_lock
+from shared.process import UserError, begin, die_with_parent, expand_home
 from shared.run_folder import LOCK_SECONDS
 
 PLAN = "pack.json"
@@ -266,11 +265,8 @@ def write_shards(source: Source, folder: Path, arguments: argparse.Namespace) ->
 def take_job(parent: int, *job) -> None:
     """In each process of the pool: what its shards have in common. A fork finds it there; sent with each shard it
     could be gigabytes, the whole of a parquet table. The process ends with its parent, whose lock a fork has too."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    die_with_parent(signal.SIGKILL, parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     _job[:] = job
 
 
@@ -444,10 +440,11 @@ def parse() -> argparse.Namespace:
     add("--val_fraction", type=float, default=0.0, help="share held out, per class, where SOURCE says nothing of it")
     add("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     add("--dry_run", action="store_true", help="pack some images, remove them again, say what packing would make")
-    return parser.parse_args()
+    return parser.parse_args(expand_home(sys.argv[1:]))
 
 
 if __name__ == "__main__":
+    begin()
     try:
         main(parse())
     except UserError as error:

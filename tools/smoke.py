@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from shared.process import begin, die_with_parent
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2
 
@@ -36,7 +38,9 @@ def smoke(recipe: Path) -> bool:
     """Run one recipe in a folder of its own; whether it did what it should."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        process = subprocess.run(command(recipe, folder), capture_output=True, text=True, cwd=ROOT)
+        process = subprocess.run(
+            command(recipe, folder), capture_output=True, text=True, cwd=ROOT, preexec_fn=die_with_parent
+        )
         seconds = time.perf_counter() - begin
         problem, memory = examine(process, Path(folder) / "run", is_training(recipe))
     print(f"{recipe.stem:24}{'fail' if problem else 'pass':8}{seconds:8.1f}{memory / 2**20:10.0f} MiB")
@@ -78,4 +82,5 @@ def examine(process: subprocess.CompletedProcess, run: Path, trains: bool) -> tu
 
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main(sys.argv[1:]))

@@ -74,7 +74,9 @@ def _as_bytes(names: np.ndarray) -> np.ndarray:
 
 def cache_folder() -> Path:
     """Of this collection: in `$SCRATCH`, else the user's."""
-    home = os.environ.get("SCRATCH") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("SCRATCH") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise UserError("this user has no home folder. Let HOME or SCRATCH name a folder, for lists of images.")
     return Path(home) / "dlojz-recipes"
 
 
