@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a process begins and ends: streams that are closed, homes that are not there, variables of another launch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SHORT, environment, train
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from shared.config import RunConfig, UserError, parse
+from shared.launch import LAUNCH, settle_variables
+from shared.process import expand_home
+
+BEGIN = "import os, sys; sys.path.insert(0, sys.argv[1]); from shared import launch, process; process.begin()\n"
+
+
+def script(code: str, redirections: str = "", **variables: str) -> subprocess.CompletedProcess:
+    """Of a program that begins as all of ours do, by a shell that redirects its streams."""
+    words = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirections}']
+    words += [sys.executable, BEGIN + code, str(ROOT)]
+    return subprocess.run(words, env=environment(**variables), capture_output=True, text=True, timeout=60)
+
+
+# Streams
+
+WRITES = """
+import subprocess, tempfile
+file = tempfile.TemporaryFile()
+assert file.fileno() > 2, file.fileno()
+for number in range(20000):
+    print("a line", number)
+print("another", file=sys.stderr, flush=True)
+subprocess.run(["sh", "-c", "test -e /dev/fd/0 && test -e /dev/fd/1 && test -e /dev/fd/2"], check=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "redirections",
+    [
+        "<&- ",
+        ">&-",
+        "2>&-",
+        "<&- >&- 2>&-",
+        "</dev/null | head -1",
+        "</dev/null 2>&1 | head -1",
+        "</dev/null >/dev/full",
+    ],
+)
+def test_no_output_fails_whatever_the_streams_are(redirections):
+    process = script(WRITES, redirections)
+    assert process.returncode == 0, process.stderr
+    assert "Error" not in process.stderr, process.stderr
+
+
+def test_a_name_that_is_no_text_is_printed():
+    process = script("print(os.fsdecode(b'caf\\xe9'), '\\u2192')", PYTHONIOENCODING="ascii")
+    assert (process.returncode, process.stdout) == (0, "caf\\udce9 \\u2192\n"), process.stderr
+
+
+# Ends
+
+
+def test_a_refusal_is_told_to_the_launcher(tmp_path):
+    file = tmp_path / "error.json"
+    process = script("raise process.UserError('no. Do')", TORCHELASTIC_ERROR_FILE=str(file), RANK="0")
+    assert (process.returncode, process.stderr) == (1, "error: no. Do\n")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    assert failure.message["extraInfo"]["py_callstack"] == failure.message["message"] == "error: no. Do"
+    assert abs(failure.timestamp - time.time()) < 60
+    process = script("{}['name']", TORCHELASTIC_ERROR_FILE=str(file))
+    assert process.returncode == 1
+    assert "Traceback" in process.stderr
+    assert json.loads(file.read_text())["message"]["message"] == "KeyError: 'name'"
+
+
+def test_another_rank_speaks_where_rank_0_does_not():
+    process = script("process.time.sleep = lambda _: None\nraise process.UserError('no disk here')", RANK="1")
+    assert (process.returncode, process.stderr) == (1, "error: no disk here\n")
+
+
+def test_ctrl_c_before_a_run_is_one_word():
+    process = script("os.kill(os.getpid(), 2)")
+    assert (process.returncode, process.stderr) == (-signal.SIGINT, "\ninterrupted\n")
+
+
+def test_children_end_with_a_tool_that_is_killed(tmp_path):
+    process = subprocess.Popen([sys.executable, "tools/smoke.py", "allreduce_pi"], cwd=ROOT, env=environment())
+    tool, until = psutil.Process(process.pid), time.monotonic() + 120
+    while not (children := tool.children(recursive=True)) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert children
+    assert not alive
+
+
+# Words
+
+
+def test_a_tilde_is_the_home_folder_in_every_form(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--data=~/images", "--output_dir", "~/x", "~", "a~", "--lr=1", "--resume_from_checkpoint=~"]
+    expanded = ["--data=/home/me/images", "--output_dir", "/home/me/x", "/home/me", "a~", "--lr=1"]
+    assert expand_home(words) == [*expanded, "--resume_from_checkpoint=/home/me"]
+    (run_config,) = parse(RunConfig, arguments=["--data=~/images", "--output_dir=~"])
+    assert (run_config.data, run_config.output_dir) == ("/home/me/images", "/home/me")
+    with pytest.raises(UserError, match=r"~no_such_user/x: this home folder is not known\. Set HOME"):
+        expand_home(["--data=~no_such_user/x"])
+
+
+def test_a_seed_has_63_bits(server, tmp_path):
+    with pytest.raises(UserError, match="--seed -1 is out of range"):
+        parse(RunConfig, arguments=["--seed", "-1"])
+    flags = [*SHORT[:2], "--max_steps", "1", *SHORT[4:], "--num_workers", "0", "--global_batch_size", "8"]
+    seeds = (2**63 - 1, 2**32 + 1, 1)
+    runs = [train(tmp_path / str(seed), *flags, "--seed", str(seed), server=server) for seed in seeds]
+    assert len({run.series("loss")[0] for run in runs}) == 3
+    assert len({run.series("samples_digest")[0] for run in runs}) == 3
+
+
+# Variables that a launch left
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ("RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2, but no LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
+        ("LOCAL_RANK=1 WORLD_SIZE=2", "unset LOCAL_RANK WORLD_SIZE"),
+        ("RANK=1", "RANK=1 name no process"),
+        ("RANK=2 WORLD_SIZE=2 LOCAL_RANK=0", "unset RANK LOCAL_RANK WORLD_SIZE"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1", "name no process"),
+        ("WORLD_SIZE=two", "WORLD_SIZE=two is no number. It may be left over from another launch: unset WORLD_SIZE"),
+        ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE=-1", "unset PARALLELISM_CONFIG_DP_REPLICATE_SIZE"),
+        ("OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_SIZE=4, but MPI starts no recipe"),
+        ("ACCELERATE_MIXED_PRECISION=yes", "yes is none of no, fp16, bf16, fp8"),
+        ("ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "give --compile"),
+        ("ACCELERATE_USE_CPU=maybe", "ACCELERATE_USE_CPU=maybe is neither true nor false"),
+    ],
+)
+def test_what_another_launch_left_is_refused_by_name(monkeypatch, variables, words):
+    leave(monkeypatch, variables)
+    with pytest.raises(UserError) as caught:
+        settle_variables()
+    assert words in str(caught.value)
+    assert str(caught.value).endswith(tuple(f" {name}" for name in (*LAUNCH, *os.environ)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "settled"),
+    [
+        ("RANK=0 WORLD_SIZE=1", ""),
+        ("LOCAL_RANK=0", ""),
+        ("WORLD_SIZE= RANK= OMP_NUM_THREADS= ACCELERATE_MIXED_PRECISION= ACCELERATE_USE_CPU=", ""),
+        (
+            "ACCELERATE_MIXED_PRECISION=BF16 ACCELERATE_USE_FSDP=1",
+            "ACCELERATE_MIXED_PRECISION=bf16 ACCELERATE_USE_FSDP=true",
+        ),
+        ("ACCELERATE_DYNAMO_BACKEND=NO", "ACCELERATE_DYNAMO_BACKEND=NO"),
+        (whole := "RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_PORT=1 MASTER_ADDR=x", whole),
+    ],
+)
+def test_what_says_nothing_is_no_launch(monkeypatch, variables, settled):
+    leave(monkeypatch, variables)
+    settle_variables()
+    left = {name: value for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "OMP_", *LAUNCH))}
+    assert left == dict(word.split("=") for word in settled.split())
+
+
+def leave(monkeypatch, variables: str) -> None:
+    """These, and none that this process has."""
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "OMP_", *LAUNCH))]:
+        monkeypatch.delenv(name)
+    for name, _, value in (word.partition("=") for word in variables.split()):
+        monkeypatch.setenv(name, value)
+
+
+ALONE = """
+launch.PATIENCE = 1
+import torch
+with launch.meeting():
+    torch.distributed.init_process_group("gloo")
+"""
+
+
+def test_a_process_whose_peers_never_come_ends():
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    process = script(ALONE, **variables)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: RANK=0 LOCAL_RANK=0 WORLD_SIZE=2"), process.stderr
+    assert "not all of these processes came within 1 s" in process.stderr
+    assert process.stderr.endswith("unset RANK LOCAL_RANK WORLD_SIZE MASTER_PORT MASTER_ADDR\n")
+
+
+# All of it, as a user meets it
+
+
+def test_a_recipe_in_a_poor_environment(tmp_path):
+    """No stream but a reader that leaves, a tilde, a name that is no text, what a launch left."""
+    name = os.fsencode(tmp_path) + b"/caf\xe9"
+    command = b'"$0" recipes/resnet.py --max_steps 1 --global_batch_size 8 --num_workers 0 --output_dir=~/run "$@"'
+    command += b" <&- 2>&- | head -1"
+    variables = {"HOME": os.fsdecode(name), "RANK": "0", "WORLD_SIZE": "", "ACCELERATE_MIXED_PRECISION": "BF16"}
+    words = ["bash", "-o", "pipefail", "-c", command, sys.executable]
+    process = subprocess.run(words, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, timeout=300)
+    folder = Path(os.fsdecode(name + b"/run"))
+    assert process.returncode == 0
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    assert process.stdout.decode() == f"{str(folder).encode('ascii', 'backslashreplace').decode()}\n"
