@@ -2,7 +2,6 @@
 """Bad input: one `error:` line with the remedy, a non-zero status, nothing lost."""
 
 import importlib
-import io
 import os
 import shutil
 import signal
@@ -16,10 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, environment, launch_command, python
 
-from shared.config import RunConfig, UserError, parse, say
+from shared.config import RunConfig, UserError, parse
 from shared.data import TrainingOrder, open_data
 from shared.interruption import Interruption
-from shared.tracking import Run
 
 
 @pytest.fixture
@@ -40,19 +38,10 @@ def one_line(process: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def test_a_log_on_a_full_disk_costs_words_and_not_the_run(monkeypatch):
-    """What slurm/launch.sh calls a process's output is a file."""
-    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, full)
-    with pytest.raises(OSError, match="No space left"):
-        print("lost", flush=True)
-    say("lost")
-    say("lost", sys.stderr)
-    Run.say(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True)), "lost")
-    # A signal's handler writes by itself.
-    noted = []
-    monkeypatch.setattr(os, "write", lambda _, text: full.buffer.write(text))
+def test_a_signal_is_noted_where_its_words_cannot_be_written(monkeypatch):
+    """The handler writes by itself."""
+    full, noted = open("/dev/full", "wb", buffering=0), []  # noqa: SIM115
+    monkeypatch.setattr(os, "write", lambda _, text: full.write(text))
     Interruption._note_signal(SimpleNamespace(watches=True, seen=0, note=noted.append), signal.SIGUSR1, None)
     assert noted == ["signal"]
 
