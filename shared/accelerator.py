@@ -74,8 +74,8 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     assert accelerator.num_processes == world_size()
     # The launcher exports OMP_NUM_THREADS=1 whatever the machine.
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    set_seed(seed % 2**32)  # NumPy's generator takes no more
-    torch.manual_seed(seed)
+    # NumPy's and torch's generators take 32 bits of the 63; a smaller seed stays what it is.
+    set_seed((seed ^ (seed >> 32) * 0x9E3779B9) % 2**32)
     if not torch.distributed.is_initialized() and any(hasattr(config, name) for name in SIZES):
         # `python recipes/vit_tp.py --tensor_parallel_size 1`: the code that splits finds a group of one.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"

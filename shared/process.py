@@ -54,8 +54,16 @@ def _unfailing(number: int, former: io.TextIOWrapper | None) -> io.TextIOWrapper
 
 
 def expand_home(words: list[str]) -> list[str]:
-    """Return the command line with `--flag=~/x` as a shell expands `~/x`; raises UserError where no home is known."""
-    return [_expand_home(word) for word in words]
+    """Return the command line with `--flag=~/x` as a shell expands `~/x`.
+
+    Raises UserError where no home is known, and for a path that is no UTF-8, which trackers and caches cannot write.
+    """
+    expanded = [_expand_home(word) for word in words]
+    for text in (*expanded, os.getcwd()):
+        if text != text.encode(errors="replace").decode():
+            shown = text.encode("ascii", "backslashreplace").decode()
+            raise UserError(f"{shown} is not UTF-8. Rename it (mv), or give a symbolic link to it.")
+    return expanded
 
 
 def _expand_home(word: str) -> str:
