@@ -102,29 +102,27 @@ def _tell_launcher(text: str) -> None:
 def one_line(kind, error, trace) -> None:
     """For sys.excepthook."""
     rank = os.environ.get("RANK") or "0"
-    refused, interrupted = isinstance(error, UserError), isinstance(error, KeyboardInterrupt)
-    line = f"error: {error}" if refused else traceback.format_exception_only(kind, error)[-1].strip()
-    _tell_launcher(line)
-    if not refused and not interrupted:
-        tell_job(f"error-{rank}.txt", "".join(traceback.format_exception(kind, error, trace)))
-        sys.__excepthook__(kind, error, trace)
-        return
-    if refused:
-        tell_job(f"error-{rank}.txt", f"{line}\n")
-    if refused and rank != "0":
-        # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
-        time.sleep(20)
-    if refused:
+    if isinstance(error, UserError):
+        tell_job(f"error-{rank}.txt", f"error: {error}\n")
+        if rank != "0":
+            # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
+            time.sleep(20)
         end_at_once(error)
-    print("\ninterrupted", file=sys.__stderr__, flush=True)
-    end_workers()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end that a shell's loop of commands looks for
-    os.kill(os.getpid(), signal.SIGINT)
+    elif isinstance(error, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.__stderr__, flush=True)
+        end_workers()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end that a shell's loop of commands looks for
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        tell_job(f"error-{rank}.txt", "".join(traceback.format_exception(kind, error, trace)))
+        _tell_launcher(traceback.format_exception_only(kind, error)[-1].strip())
+        sys.__excepthook__(kind, error, trace)
 
 
 def end_at_once(error: UserError) -> None:
     """Print the line and exit, from any thread."""
+    _tell_launcher(f"error: {error}")
     # sys.stderr is a buffer here: init_process_group wraps the hook, to prefix what it prints with the rank.
     print(f"error: {error}", file=sys.__stderr__, flush=True)
     sys.stdout.flush()

@@ -97,12 +97,15 @@ def test_an_output_folder_below_a_file_is_refused(refusal, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_two_processes_print_one_error_line(tmp_path):
-    words = launch_command(num_processes=2)
-    process = python(*words, "recipes/resnet.py", "--output_dir", tmp_path / "run", "--report_to", "none,tensorbord")
-    assert process.returncode != 0
-    assert (process.stdout + process.stderr).count("error: ") == 1, process.stderr
-    assert "--report_to tensorbord is unknown" in process.stderr
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_the_launcher_the_line_comes_first_and_ends_what_torchrun_adds(processes):
+    words = launch_command(num_processes=processes)
+    process = python(*words, "recipes/allreduce_pi.py", "--report_to", "none")
+    first, *_, last, border = process.stderr.splitlines()
+    line = "error: unknown flag --report_to. The nearest is --help; `--help` lists every flag."
+    assert (process.returncode, first, last.strip(), set(border)) == (1, line, f"traceback : {line}", {"="})
+    assert process.stderr.count("error: ") == 2, process.stderr
+    assert process.stderr.count("Traceback") == 1  # the launcher's
 
 
 def test_the_configuration_of_another_run_is_refused_by_name_and_kept(refusal, demo, tmp_path):
