@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -106,7 +107,8 @@ def one_line(kind, error, trace) -> None:
         tell_job(f"error-{rank}.txt", f"error: {error}\n")
         if rank != "0":
             # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
             time.sleep(20)
         end_at_once(error)
     elif isinstance(error, KeyboardInterrupt):
@@ -133,10 +135,8 @@ def end_at_once(error: UserError) -> None:
 
 def end_workers() -> None:
     """Of this process's loaders, by force."""
-    if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
-        for worker in workers:
-            worker.kill()
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def die_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> None:

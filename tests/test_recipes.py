@@ -145,7 +145,7 @@ def bound(requirement: str) -> Version:
 ROOMS = {
     "core and run": (
         2500,
-        "__init__ accelerator config interruption locks metrics optim run_folder tracking data/order",
+        "__init__ accelerator config interruption launch locks metrics optim process run_folder tracking data/order",
     ),
     "checkpoint": (900, "checkpoint tensor_files"),
     "images": (2100, "data/__init__ crop_jpeg decode description index loaders native shards sources storage views"),
