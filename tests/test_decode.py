@@ -181,6 +181,20 @@ def test_exif_is_found_wherever_it_stands_and_every_decoder_obeys():
         assert by_each([(image, view, 40)]) == [[pixels.numpy().tobytes()]] * 3, header[:20]
 
 
+@pytest.mark.parametrize("kind", ["upright", "turned", "progressive", "grey"])
+def test_every_decoder_draws_the_crop_of_the_same_image(kind):
+    seen = set()
+    image = encoded(PHOTOS[0][:41, :57], kind, 90)
+    image = image[:2] + segment(0xE1, exif(6)) * (kind == "turned") + image[2:]
+    for missing in ((), ("native",), ("native", "simplejpeg")):
+        with pytest.MonkeyPatch.context() as patch:
+            for library in missing:
+                patch.setattr(decode, library, None)
+            out = torch.zeros(4, 4, 3, dtype=torch.uint8)
+            render(image, lambda *sizes: seen.add(sizes) or Crop(0, 0, *sizes[:2]), 7, out)
+    assert seen == {(41, 57, 7) if kind == "turned" else (57, 41, 7)}
+
+
 def test_damage_within_exif_leaves_the_image_to_every_decoder():
     draws, cases = np.random.default_rng(0), []
     plain = encoded(PHOTOS[0][:64, :64], "4:2:0", 90)

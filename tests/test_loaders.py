@@ -29,6 +29,7 @@ from shared.config import RunConfig, UserError
 from shared.data import loaders, open_data
 from shared.data.loaders import STD, Batch
 from shared.data.order import augmentation_seed
+from shared.interruption import SIGNALS, Interruption
 
 FORMATS = ("digits", "tar", "parquet", "folder")
 TOPOLOGIES = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 0)]  # processes, workers of each
@@ -507,7 +508,9 @@ def test_a_shared_memory_that_is_full_is_one_line():
         loader, _ = build("resnet", "digits", num_workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(UserError, match=r"^/dev/shm has no room for 198272 bytes .* Give fewer --num_workers"):
+    with pytest.raises(
+        UserError, match=r"^loader workers get no 198272 bytes of /dev/shm: .* Give fewer --num_workers"
+    ):
         next(iter(loader))
 
 
@@ -573,6 +576,24 @@ def test_a_signal_while_no_batch_comes_ends_the_run(runs, server, tmp_path):
     assert last.startswith("error: batch ")
     assert "so the run stops (signal) without a checkpoint of its last steps; the same command resumes it" in last
     assert list((runs / "still/checkpoints").glob("step-*"))
+
+
+def test_who_waits_sees_every_reason_to_stop(tmp_path, monkeypatch):
+    """On every process: between two steps rank 0 cannot tell the others."""
+    monkeypatch.delenv("RECIPES_JOB_FOLDER", raising=False)
+    other = SimpleNamespace(is_main_process=False, num_processes=1)
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert Interruption(other, tmp_path, 0.5).noted() == "deadline"
+        interruption = Interruption(other, tmp_path, 1000)
+        assert interruption.noted() == ""
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interruption.noted() == "signal"
+        (tmp_path / "STOP").touch()
+        assert Interruption(other, tmp_path, 1000).noted() == "stop_file"
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def waiting(condition) -> None:

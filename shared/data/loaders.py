@@ -204,9 +204,15 @@ def _shared(size: int) -> torch.UntypedStorage:
         return torch.UntypedStorage._new_shared(size)
     except RuntimeError as error:
         raise UserError(
-            f"/dev/shm has no room for {size} bytes of a loader worker's: {str(error).splitlines()[0]}. Give fewer "
-            "--num_workers, a smaller batch or --image_size, or the container more of it (docker --shm-size)."
+            f"loader workers get no {size} bytes of /dev/shm: {str(error).splitlines()[0]}. Give fewer --num_workers "
+            "(0 needs none), a smaller batch or --image_size, or the container more of it (docker --shm-size)."
         ) from error
+
+
+def shared_number(num_workers: int) -> Tensor:
+    """A zero, of which workers see what it becomes."""
+    number = torch.zeros((), dtype=torch.int64)
+    return number.set_(_shared(number.nbytes), 0, (), ()) if num_workers else number
 
 
 _slots = _Slots()
@@ -269,7 +275,6 @@ def _try_to_send() -> None:
         raise UserError(
             f"loader workers need /dev/shm: {error}. Make it writable, or give --num_workers 0."
         ) from error
-    _shared(1)
 
 
 def start_workers(loader: DataLoader) -> None:
@@ -310,7 +315,7 @@ class WorkerLoader:
         self, views: Views, num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, **options
     ):
         """options: more of torch's DataLoader."""
-        self.numbered, self.used = _Numbered(views), torch.zeros((), dtype=torch.int64).share_memory_()
+        self.numbered, self.used = _Numbered(views), shared_number(num_workers)
         options = worker_options(num_workers, device, prefetch_factor, self.used) | {"in_order": False} | options
         self.loader = DataLoader(self.numbered, batch_sampler=self.numbered, **options)
         start_workers(self.loader)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..config import UserError
-from .loaders import Batch, Candidate, Views, start_workers, worker_options
+from .loaders import Batch, Candidate, Views, shared_number, start_workers, worker_options
 from .order import TrainingOrder, hash64, random_bits
 from .sources import Source
 
@@ -42,7 +42,7 @@ class Streams(IterableDataset):
         self.read_shards, self.shuffle = read_shards, shuffle
         workers = max(1, num_workers)
         self.readers, self.first = size * workers, rank * workers
-        self.step = torch.zeros((), dtype=torch.int64).share_memory_()  # set by the process, seen by its workers
+        self.step = shared_number(num_workers)  # set by the process, seen by its workers
         index = getattr(views.source.images, "index", None)
         if index is None:
             raise UserError("--data has no tar shards, which streams read. Pack it: python tools/pack.py --help.")
