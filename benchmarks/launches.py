@@ -100,7 +100,7 @@ def build(recipe, accelerator, config) -> tuple:
 class NoImages(list):
     """As much of a data set as a run looks at."""
 
-    source = SimpleNamespace(classes=[str(number) for number in range(CLASSES)])
+    source = SimpleNamespace(classes=[str(number) for number in range(CLASSES)], fingerprint=str)
 
 
 def train(recipe, config, folder: Path, watch: AbstractContextManager, before_update: Callable | None = None) -> int:

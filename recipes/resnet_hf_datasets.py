@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a ResNet on a data set of Hugging Face's `datasets`, its rows read at random from the disk, offline.
 
-Base: resnet.py. Changes: open_data, load, embedded_digits, source.
+Base: resnet.py. Changes: open_data, load, embedded_digits.
 
     python recipes/resnet_hf_datasets.py                                      # a laptop, the digits
     L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
@@ -17,8 +17,9 @@ Base: resnet.py. Changes: open_data, load, embedded_digits, source.
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_hf_datasets.py --data FOLDER                           # on each of four nodes, R = 0 to 3
 
-FOLDER holds parquet files in train/ and val/ (`tools/pack.py --format parquet` writes such), or is what `save_to_disk`
-wrote. A data set of the hub is read from the cache, into which a machine with a network has put it:
+FOLDER holds parquet files, whose names or folders say which are of train and val (`tools/pack.py --format parquet`
+writes such), or is what `save_to_disk` wrote. A data set of the hub is read from the cache, into which a machine with
+a network has put it:
 
     HF_HUB_OFFLINE=0 python recipes/resnet_hf_datasets.py --data uoft-cs/cifar10 --max_steps 1
 
@@ -46,9 +47,10 @@ from transformers.hf_argparser import HfArg
 from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
 from shared.config import RunConfig, UserError, parse
 from shared.data import EvaluationOrder, Loader, Source, TrainingOrder, Views, evaluation_view, training_view
-from shared.data.sources import HELD_OUT, split
 from shared.data.sources import open_data as open_files
-from shared.data.storage import Rows, class_numbers
+from shared.data.sources import train_and_held_out
+from shared.data.tables import open_rows, read_columns
+from shared.data.tree import pair, read_layout, tree_of_folder
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
 from shared.tracking import Run
@@ -84,32 +86,35 @@ class Config:
     compile: bool = HfArg(default=False, help="torch.compile the model")
 
 
-def open_data(data, val_fraction, seed, shuffle_block):
+def open_data(data, val_fraction, seed, shuffle_block, *columns):
     """The training and the held-out rows of `--data`; without a part of their own, these are drawn from the seed."""
     if shuffle_block:
         raise UserError(
             f"--shuffle_block {shuffle_block} needs tar shards: recipes/resnet.py reads them. Leave it out."
         )
     parts = embedded_digits() if data == "digits" else load(data)
-    train, *held_out = (source(part, f"{data}, {name}") for name, part in parts.items())
-    if held_out and val_fraction:
-        raise UserError(f"--val_fraction {val_fraction:g} has no use: {data} says what is held out. Drop it.")
-    return (train, *held_out) if held_out else split(train, val_fraction, seed, data)
+    # The rows as this collection's loaders take them: bytes, labels, names of the classes.
+    sources = {name: Source(*read_columns(part, f"{data}, {name}", *columns)) for name, part in parts.items()}
+    return train_and_held_out(sources, val_fraction, seed, data)
 
 
 def load(data):
-    """{"train": rows} of a folder or of the hub's cache, and the held-out rows, where it has some, by their name."""
+    """{part: its rows} of a folder, by the rules of all recipes, or of the hub's cache."""
     import datasets
 
+    if Path(data).is_dir():
+        layout = read_layout(tree_of_folder(Path(data))[0], data)
+        if layout.kind != "tables":
+            raise UserError(f"--data {data} holds {layout.kind}, no tables: recipes/resnet.py reads it.")
+        return {name: open_rows([Path(data, file) for file in files]) for name, files in layout.parts.items()}
     try:
-        saved = (Path(data) / "dataset_dict.json").exists() or (Path(data) / "dataset_info.json").exists()
-        parts = datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
+        parts = datasets.load_dataset(data)
     except (OSError, ValueError) as error:
         raise UserError(f"--data {data}: {str(error).splitlines()[0]}. Give a folder of parquet files.") from error
-    parts = parts if isinstance(parts, dict) else {"train": parts}
-    if "train" not in parts:
-        raise UserError(f"--data {data} has the parts {', '.join(parts)}. Name one of them train.")
-    return {name: parts[name] for name in ("train", *[name for name in HELD_OUT if name in parts][:1])}
+    if len(parts) > 2:
+        remedy = "Save two of them by DatasetDict.save_to_disk, and give that folder"
+        raise UserError(f"--data {data} has the parts {', '.join(parts)}. {remedy}.")
+    return {name: parts[name] for name in pair(list(parts), data)}
 
 
 def embedded_digits():
@@ -124,22 +129,10 @@ def embedded_digits():
     }
 
 
-def source(rows, where):
-    """The rows as this collection's loaders take them: bytes, labels, names of the classes."""
-    import datasets
-
-    columns = {type(feature): name for name, feature in rows.features.items()}
-    if not {datasets.Image, datasets.ClassLabel} <= set(columns):
-        raise UserError(f"{where} has the columns {dict(rows.features)}. It needs an Image and a ClassLabel.")
-    image, label = columns[datasets.Image], columns[datasets.ClassLabel]
-    table, classes = rows.data.table, rows.features[label].names
-    return Source(Rows(table[image], where), class_numbers(table[label], len(classes)), classes)
-
-
 def build_loaders(accelerator, run_config, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
     (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
+    train, held_out = open_data(*run_config.source())
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
     eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)

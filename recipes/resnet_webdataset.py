@@ -33,7 +33,7 @@ worker, images/s of a core at 224 px: 680, against 881 of the same shards at ran
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -129,7 +129,7 @@ def build_loaders(accelerator, run_config, config):
     data = run_config.data
     if data == "digits":
         data = on_main_process(accelerator, make_once, cache_folder() / "digits-in-shards", write_digits)
-    train, held_out = open_data(data, run_config.val_fraction, seed, run_config.shuffle_block)
+    train, held_out = open_data(*replace(run_config, data=str(data)).source())
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
     eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)

@@ -82,7 +82,7 @@ class Config:
 def build_loaders(accelerator, run_config, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
     (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
+    train, held_out = open_data(*run_config.source())
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
     eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)

@@ -244,7 +244,7 @@ def build_model(config, sizes, seed, device):
 def build_loaders(accelerator, run_config, config):
     """Loaders by data-parallel rank: the processes that share layers see the same samples."""
     (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(run_config.data, run_config.val_fraction, seed, run_config.shuffle_block)
+    train, held_out = open_data(*run_config.source())
     batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     train_view = partial(training_view, min_crop_area=0.8, horizontal_flip=False)
     eval_view = partial(evaluation_view, eval_crop_ratio=1.0)

@@ -76,15 +76,15 @@ BOUNDS = {
 class RunConfig:
     """Where a run reads and writes. Only IDENTITY of these decides what is learned; the rest may change on resume."""
 
-    data: str = HfArg(
-        default="digits", help="the word digits, a folder (class folders, tar shards, parquet), or a CSV"
-    )
+    data: str = HfArg(default="digits", help="the word digits, a folder (class folders, tar shards, tables), or a CSV")
     val_fraction: float = HfArg(default=0.0, help="share of images held out, per class, where the data has no split")
     shuffle_block: int = HfArg(
         default=0,
         help="tar shards whose images are shuffled together, so that few files are read at a time; 0 = all of them. "
         "A shard's images then always meet within a window of that many shards: shards must be filled at random",
     )
+    image_column: str = HfArg(default="", help="of a table or a CSV; empty = the only one with images, or path")
+    label_column: str = HfArg(default="", help="of a table or a CSV; empty = the only one with classes, or label")
     seed: int = HfArg(default=0, help="decides weights, sample order and augmentation")
     max_torn: float = HfArg(default=0.001, help="share of images that may fail to decode before the run stops")
     num_workers: int = HfArg(default=2, help="loader processes per training process; 0 decodes in the training loop")
@@ -103,8 +103,13 @@ class RunConfig:
     )
     profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
 
+    def source(self) -> tuple:
+        """What shared.data.open_data takes."""
+        return self.data, self.val_fraction, self.seed, self.shuffle_block, self.image_column, self.label_column
+
 
 IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
+COLUMNS = ("image_column", "label_column")  # they decide where they are given, alone
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
 
 
@@ -178,6 +183,7 @@ def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict
     """Everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
     data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
     chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
+    chosen |= {name: getattr(run_config, name) for name in COLUMNS if getattr(run_config, name)}
     values = {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
     return {name: value for name, value in values.items() if name not in SIZES}
 

@@ -32,18 +32,18 @@ def take_lock(path: Path, what: str, seconds: float) -> FileLock:
     return held
 
 
-def make_once(path: Path, write: Callable[[Path], object]) -> Path:
+def make_once(path: Path, write: Callable[[Path], object], is_there: Callable[[Path], bool] = Path.exists) -> Path:
     """Return `path`, a file or folder of a cache, which `write` makes under the name that it is given, unless it is
-    there or another start makes it: that one is waited for.
+    there, as it should be, or another start makes it: that one is waited for.
 
     Raises UserError where it cannot be written.
     """
-    if path.exists():
+    if is_there(path):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with take_lock(path.with_name(f"{path.name}.lock"), f"another start makes {path}", PATIENCE):
-            if not path.exists():
+            if not is_there(path):
                 remove_partials(path.parent, path.name)
                 with complete(path) as partial:
                     write(partial)

@@ -2,6 +2,7 @@
 """A run: its position, and what it says of it in its folder, to trackers and on the terminal."""
 
 import contextlib
+import itertools
 import math
 import os
 import resource
@@ -35,7 +36,7 @@ from .checkpoint import (
     read_manifest,
 )
 from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
-from .data import Batch
+from .data import Batch, Source
 from .data.decode import decoder
 from .data.description import describe
 from .interruption import Interruption
@@ -68,15 +69,17 @@ class Run:
 
     def __init__(self, accelerator: Accelerator, run_config: RunConfig, config, train_loader, eval_loader):
         self.accelerator, self.run_config, self.config = accelerator, run_config, config
-        classes, epoch_steps = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
         self.views = train_loader.dataset, eval_loader.dataset
+        sources = [view.source for view in self.views]
+        classes, epoch_steps = sources[0].classes, train_loader.order.steps_per_epoch
         self.recipe = Path(sys.argv[0]).stem
         self.identity = identity(self.recipe, mixed_precision(), run_config, config)
         default = Path("runs") / f"{self.recipe}-{identity_hash(self.identity)}"
         self.folder = Path(run_config.output_dir or default)
         # Not in the folder's name: the same command on data that has changed is to be told so.
         self.identity |= {"training_images": len(train_loader.dataset), "held_out_images": len(eval_loader.dataset)}
-        self.identity["classes"] = len(classes)
+        self.identity["class_names"] = classes
+        self.identity["data_fingerprint"] = on_main_process(accelerator, _fingerprint, sources)
         self.identity["source"], self.shared_source = recipe_source(), shared_source()
         self.epoch_steps, self.total_steps = epoch_steps, epoch_steps * config.epochs
         self.last_step = min(self.total_steps, run_config.max_steps or self.total_steps)
@@ -132,7 +135,7 @@ class Run:
         if allowed - known.keys():
             raise UserError(f"--resume_override {min(allowed - known.keys())} is no value that decides a run.")
         if changed - allowed:
-            lines = {name: f"{name} was {known[name][1]}, is {self.identity.get(name)}" for name in changed}
+            lines = {name: _difference(name, known[name], self.identity.get(name)) for name in changed - {"source"}}
             lines["source"] = f"{', '.join(parts)} of the recipe {'was' if len(parts) == 1 else 'were'} edited"
             changes = ", ".join(lines[name] for name in sorted(changed - allowed))
             raise UserError(
@@ -591,6 +594,20 @@ def _trackers(report_to: str) -> list[str]:
         if name not in map(str, get_available_trackers()):
             raise UserError(f"--report_to {name} is not installed. Install it (pip install {name}), or leave it out.")
     return names
+
+
+def _fingerprint(sources: list[Source]) -> str:
+    return " ".join(source.fingerprint() for source in sources)
+
+
+def _difference(name: str, former: list, value) -> str:
+    """Such as `seed was 0, is 1`; of lists, the first place where they differ."""
+    was = next(each for each in former if str(each) != str(value))
+    if isinstance(was, list) and isinstance(value, list):
+        pairs = enumerate(itertools.zip_longest(was, value))
+        place, (was, value) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        name = f"{name}[{place}]"
+    return f"{name} was {was}, is {value}"
 
 
 def _refuse_pairs(run_config: RunConfig, config) -> None:

@@ -157,7 +157,7 @@ def test_the_parser_names_the_flag_and_a_remedy(arguments, words, monkeypatch):
         (lambda data: write(data / "val/bird/1.jpg"), ["bird", "held-out images only"]),
         (lambda data: write(data / "train/bird/1.jpg"), ["bird", "training images only"]),
         (lambda data: (data / "val").rename(data / "held"), ["no held-out images", "--val_fraction"]),
-        (lambda data: (data / "train").rename(data / "training"), ["no train/"]),
+        (lambda data: (data / "train").rename(data / "training set"), ["no train/"]),
         (lambda data: write(data / "test/cat/1.jpg"), ["val and test"]),
         (
             lambda data: (data / "train/cat").rename(data / "cat") and (data / "train/dog").rename(data / "dog"),
@@ -181,7 +181,8 @@ def test_a_data_folder_that_contradicts_itself_is_refused(folder, change, words)
         ("path,label,split\n1.jpg,cat,trian\n", ["trian", "train"]),
         ("path,label,split\n1.jpg,cat,train\n", ["no row with the split val"]),
         ("path,label,split\n1.jpg,cat,train\n2.jpg,dog,val\n", ["cat", "training images only"]),
-        ("path,label\n1.jpg,cat\n", ["--val_fraction"]),
+        ("path,label\n1.jpg,cat\n2.jpg,dog\n", ["--val_fraction"]),
+        ("path,label\n1.jpg,cat\n", ["one class, cat"]),
         ("path,label,split\n1.jpg,,train\n", ["line 2"]),
     ],
 )

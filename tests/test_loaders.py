@@ -465,8 +465,8 @@ def test_hugging_face_data_that_does_not_fit_is_refused(packed, server, tmp_path
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "text"))
     datasets.DatasetDict(dev=rows).save_to_disk(str(tmp_path / "dev"))
     for data, run, words in (
-        (tmp_path / "text", {}, "text, train has the columns .*It needs an Image and a ClassLabel"),
-        (tmp_path / "dev", {}, "has the parts dev. Name one of them train"),
+        (tmp_path / "text", {}, r"text, train has no Image among its columns text \(string\), label \(int64\)"),
+        (tmp_path / "dev", {}, "has dev/ but no train/"),
         (packed["saved"], {"shuffle_block": 2}, "--shuffle_block 2 needs tar shards.* Leave it out"),
         (packed["saved"], {"val_fraction": 0.1}, "--val_fraction 0.1 has no use"),
     ):

@@ -148,7 +148,11 @@ ROOMS = {
         "__init__ accelerator config interruption launch locks metrics optim process run_folder tracking data/order",
     ),
     "checkpoint": (900, "checkpoint tensor_files"),
-    "images": (2100, "data/__init__ crop_jpeg decode description index loaders native shards sources storage views"),
+    "images": (
+        2450,
+        "data/__init__ crop_jpeg decode description index listing loaders native shards sources storage tables tree "
+        "views",
+    ),
     "models": (500, "vit"),
     "parts of one recipe": (250, "pipeline data/streams"),
 }

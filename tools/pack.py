@@ -5,9 +5,10 @@
     python tools/pack.py $DSDIR/imagenet $SCRATCH/imagenet --format tar --dry_run
     python tools/pack.py photographs.zip packed --format parquet --val_fraction 0.1 --max_side 512 --quality 90
 
-SOURCE is whatever a recipe's --data takes, or a .zip or .tar of class folders, which is read where it lies: unpacking
-would cost an inode an image. Encoded images are copied byte by byte unless --max_side asks for smaller ones. In tar
-shards the images lie in random order, as a stream wants them; the index keeps the source's order. Killed at any point,
+SOURCE is whatever a recipe's --data takes, or a .zip or .tar of class folders (or a folder in it: x.zip/photographs),
+which is read where it lies, by the rules for a folder: unpacking would cost an inode an image. Encoded images are
+copied byte by byte unless --max_side asks for smaller ones. In tar shards the images lie in random order, as a stream
+wants them; the index keeps the source's order. Killed at any point,
 the same command goes on after the shards that were complete. Checksums are in the index, or beside parquet in b2sums.
 """
 
@@ -44,8 +45,9 @@ from shared.data.decode import opened, upright
 from shared.data.index import NAME as INDEX
 from shared.data.index import Index
 from shared.data.order import random_bits
-from shared.data.shards import is_complete
-from shared.data.sources import EXTENSIONS, HELD_OUT, split
+from shared.data.shards import members_of_tar
+from shared.data.sources import index_of_images, train_and_held_out
+from shared.data.tree import read_layout, tree_of_names, with_slashes
 from shared.locks import complete, remove_partials, take_lock
 from shared.process import UserError, begin, die_with_parent, expand_home
 from shared.run_folder import LOCK_SECONDS
@@ -66,7 +68,8 @@ def main(arguments: argparse.Namespace) -> None:
     for name, (low, high) in BOUNDS.items():
         if not low <= getattr(arguments, name) <= high:
             raise UserError(f"--{name} {getattr(arguments, name)} is out of range. Give {low} to {high}.")
-    sources = open_source(arguments.source, arguments.val_fraction)
+    columns = arguments.image_column, arguments.label_column
+    sources = open_source(arguments.source, arguments.val_fraction, *columns)
     parts = {name: with_classes(source, name) for name, source in zip(("train", "val"), sources, strict=True)}
     if arguments.dry_run:
         for name, source in parts.items():
@@ -88,57 +91,53 @@ def with_classes(source: Source, name: str) -> Source:
     return source.subset(known)
 
 
-def open_source(name: str, val_fraction: float) -> tuple[Source, Source]:
-    path = Path(name)
-    if path.is_file() and path.suffix.lower() in ARCHIVES:
-        return from_archive(path, val_fraction)
-    return open_data(name, val_fraction, 0)
+def open_source(name: str, val_fraction: float, *columns: str) -> tuple[Source, Source]:
+    for path in (Path(name), *Path(name).parents):
+        if path.suffix.lower() in ARCHIVES and path.is_file():
+            return from_archive(path, Path(name).relative_to(path), val_fraction)
+    return open_data(name, val_fraction, 0, 0, *columns)
 
 
-def from_archive(path: Path, val_fraction: float) -> tuple[Source, Source]:
-    """Images in class folders (below train/ and val/, or not) within one .tar or .zip."""
+def from_archive(path: Path, inner: Path, val_fraction: float) -> tuple[Source, Source]:
+    """Images in class folders within one .tar or .zip, or in the folder `inner` there, by the rules for folders."""
     try:
-        files = tar_members(path) if path.suffix.lower() == ".tar" else zip_members(path)
+        found = tar_members(path) if path.suffix.lower() == ".tar" else zip_members(path)
     except DAMAGED as error:
         raise UserError(f"{path} cannot be read: {error}. Copy it again.") from error
-    found = [(name, place) for name, place in files if is_image(name)]
-    if not found:
-        raise UserError(f"{path} holds no images in class folders. Pack its folder instead.")
-    names, places = zip(*found, strict=True)
-    owners = [name.split("/")[-2] for name in names]
-    classes = sorted(set(owners))
-    labels = np.searchsorted(classes, owners).astype(np.int64)
-    everything = Source(Archive(path, names, places), labels, classes)
-    held_out = np.array([bool(set(name.split("/")[:-2]) & set(HELD_OUT)) for name in names])
-    if not held_out.any():
-        return split(everything, val_fraction, 0, path)
-    return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
-
-
-def is_image(name: str) -> bool:
-    """In a folder, and not what macOS keeps beside its files: __MACOSX/a/._1.jpg."""
-    *folders, file = name.split("/")
-    return bool(folders) and file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+    prefix = "" if inner == Path() else f"{inner}/"
+    names = with_slashes([name for name, _ in found], str(path))
+    places = dict(zip(names, (place for _, place in found), strict=True))
+    tree = tree_of_names(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    layout = read_layout(tree, str(path / inner))
+    if layout.kind != "images":
+        raise UserError(f"{path / inner} holds {layout.kind}, which are read from a folder alone. Unpack it.")
+    for line in layout.notes:
+        print(line, file=sys.stderr)
+    index, parts = index_of_images(layout.parts, path / inner), {}
+    for name in layout.parts:
+        part = index.part(name)
+        found = [places[prefix + os.fsdecode(each)] for each in part.names.tolist()]
+        parts[name] = Source(Archive(path, part.names, found), part.labels, part.classes)
+    return train_and_held_out(parts, val_fraction, 0, path / inner)
 
 
 def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
     """Name, offset and length of each file."""
-    if not is_complete(path):
-        raise tarfile.ReadError("it was cut off, or is no tar")
-    with tarfile.open(path, "r:") as tar:
-        files = (member for member in tqdm(tar, desc=str(path), unit="member", disable=None) if member.isfile())
-        return [(member.name, (member.offset_data, member.size)) for member in files]
+    members, is_whole = members_of_tar(path)
+    if not is_whole:
+        raise tarfile.ReadError("it was cut off or damaged, or is no tar")
+    return [(member.name, (member.offset_data, member.size)) for member in members]
 
 
 def zip_members(path: Path) -> list[tuple[str, str]]:
     with zipfile.ZipFile(path) as archive:
-        return [(info.filename, info.filename) for info in archive.infolist() if not info.is_dir()]
+        return [(name, name) for name in archive.namelist()]
 
 
 class Archive:
     """Images of one .tar or .zip, read where they lie; each process opens it anew."""
 
-    def __init__(self, path: Path, names, places):
+    def __init__(self, path: Path, names: np.ndarray, places: list):
         self.path, self.names, self.places, self.file = path, names, places, None
 
     def __getitem__(self, number: int) -> bytes:
@@ -159,10 +158,10 @@ class Archive:
         return vars(self) | {"file": None}
 
     def name(self, number: int) -> str:
-        return f"{self.path}: {self.names[number]}"
+        return f"{self.path}: {os.fsdecode(self.names[number])}"
 
     def take(self, numbers: np.ndarray) -> "Archive":
-        return Archive(self.path, [self.names[i] for i in numbers], [self.places[i] for i in numbers])
+        return Archive(self.path, self.names[numbers], [self.places[i] for i in numbers])
 
 
 def estimate(source: Source, arguments: argparse.Namespace) -> str:
@@ -222,15 +221,16 @@ def claim(destination: Path) -> FileLock:
 
 def follow_plan(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
     """Refuse a destination that was begun in another way."""
-    names = ("source", "format", "shard_size", "max_side", "quality", "val_fraction")
+    names = ("source", "format", "shard_size", "max_side", "quality", "val_fraction", "image_column", "label_column")
     plan = {name: getattr(arguments, name) for name in names} | {name: len(part) for name, part in parts.items()}
+    plan |= {"fingerprint": " ".join(part.fingerprint() for part in parts.values())}
     path = arguments.destination / PLAN
     if path.exists():
         former = json.loads(path.read_text())
-        different = [name for name in plan if former.get(name) != plan[name]]
+        different = [name for name in plan if former.get(name, plan[name]) != plan[name]]
         if different:
             name = different[0]
-            raise UserError(f"{path} was begun with {name} {former.get(name)}, not {plan[name]}. Give another folder.")
+            raise UserError(f"{path} was begun with {name} {former[name]}, not {plan[name]}. Give another folder.")
     else:
         remove_partials(arguments.destination)
         with complete_file(path) as file:
@@ -438,6 +438,8 @@ def parse() -> argparse.Namespace:
     )
     add("--quality", type=int, default=90, help="of JPEGs that were shrunk (%(default)s)")
     add("--val_fraction", type=float, default=0.0, help="share held out, per class, where SOURCE says nothing of it")
+    add("--image_column", default="", help="of a table or a CSV, where several hold images")
+    add("--label_column", default="", help="of a table or a CSV, where several hold classes")
     add("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     add("--dry_run", action="store_true", help="pack some images, remove them again, say what packing would make")
     return parser.parse_args(expand_home(sys.argv[1:]))

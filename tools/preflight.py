@@ -776,7 +776,7 @@ def steps_per_epoch(plan: Plan, task: Task) -> int | None:
     if not read or not run or (Path(run.data).exists() and not Path(run.data, "train/index.safetensors").exists()):
         return None
     batch = task.config.global_batch_size
-    count = count_images(read, run.data, run.val_fraction, run.seed, run.shuffle_block)
+    count = count_images(read, *run.source())
     return plan.shared("data").TrainingOrder(count, batch, batch, 0, 1, run.seed).steps_per_epoch
 
 

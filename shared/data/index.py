@@ -2,26 +2,30 @@
 """The list of a data set's samples: one file of tensors that is mapped into memory, so that a million samples open at
 once and the processes of a node share their pages. It stands beside packed tar shards, or in a cache."""
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from ..accelerator import on_main_process
 from ..config import UserError
 from ..locks import make_once
+from .tree import States, state_of
 
 NAME = "index.safetensors"  # beside shards
+VERSION = 2  # of the rules by which tree.py and shards.py make an index: others are built again
+LISTS = ("classes", "shards", "checksums", "notes", "parts", "tables", "states")
 PATIENCE = 30  # seconds until a file that another node wrote is seen by all: some systems keep for a while what lacks
 
 
@@ -29,7 +33,9 @@ PATIENCE = 30  # seconds until a file that another node wrote is seen by all: so
 class Index:
     """N samples. names: (N,) bytes, a file below the folder or a key in a shard. labels: (N,) int64, -1 where a sample
     names no class. shards: files below the folder; shard, offset, length: (N,), where each image's bytes lie in them.
-    checksums: blake2b of each shard, None where shards are another program's. torn: what was wrong with some."""
+    checksums: blake2b of each shard, None where shards are another program's. notes: lines to be said of what was left
+    out. parts: how many samples and shards each has, one part after the other. tables: files of each part, which have
+    rows of their own. states: what the index was made of."""
 
     names: np.ndarray
     labels: np.ndarray
@@ -39,9 +45,12 @@ class Index:
     offset: np.ndarray | None = None
     length: np.ndarray | None = None
     checksums: list[str] | None = None
-    torn: list[str] | None = None
+    notes: list[str] | None = None
+    parts: dict[str, list[int]] | None = None
+    tables: dict[str, list[str]] | None = None
+    states: States | None = None
 
-    def take(self, numbers: np.ndarray) -> "Index":
+    def take(self, numbers: np.ndarray | slice) -> "Index":
         """Some of the samples, in this order."""
         arrays = {name: getattr(self, name)[numbers] for name in ("names", "labels")}
         if self.shards is not None:
@@ -54,14 +63,30 @@ class Index:
         if self.shards is not None:
             kinds = {"shard": np.int32, "offset": np.int64, "length": np.int64}
             arrays |= {name: getattr(self, name).astype(kind) for name, kind in kinds.items()}
-        lists = json.dumps({name: getattr(self, name) for name in ("classes", "shards", "checksums", "torn")})
-        data = save({name: torch.from_numpy(array) for name, array in arrays.items()}, {"lists": lists})
+        lists = json.dumps({name: getattr(self, name) for name in LISTS})
+        header = {"lists": lists, "stamp": _hash(self.states or {})}
+        data = save({name: torch.from_numpy(array) for name, array in arrays.items()}, header)
         path.write_bytes(data)  # safetensors' own save_file has an error of its own for a full disk
 
     @staticmethod
-    def load(path: Path) -> "Index":
+    def lists(path: Path) -> dict:
+        """All but the arrays."""
         with safe_open(path, framework="pt") as file:
             lists = json.loads(file.metadata()["lists"])
+        return {name: lists.get(name) for name in LISTS}
+
+    def part(self, name: str) -> "Index":
+        """The samples of one of `parts`."""
+        ends = dict(zip(self.parts, np.cumsum(list(self.parts.values()), axis=0).tolist(), strict=True))
+        samples, shards = (slice(end - count, end) for end, count in zip(ends[name], self.parts[name], strict=True))
+        part = self.take(samples)
+        if self.shards is None:
+            return part
+        return replace(part, shards=self.shards[shards], shard=part.shard - shards.start)
+
+    @staticmethod
+    def load(path: Path) -> "Index":
+        lists = Index.lists(path)
         arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
         names = arrays.pop("names")
         return Index(names.view(f"S{names.shape[1]}")[:, 0], **arrays, **lists)
@@ -69,7 +94,7 @@ class Index:
 
 def _as_bytes(names: np.ndarray) -> np.ndarray:
     """(N,) of fixed-width bytes as (N, width) of uint8."""
-    return np.ascontiguousarray(names).view(np.uint8).reshape(len(names), -1)
+    return np.ascontiguousarray(names).view(np.uint8).reshape(len(names), names.dtype.itemsize)
 
 
 def cache_folder() -> Path:
@@ -80,53 +105,37 @@ def cache_folder() -> Path:
     return Path(home) / "dlojz-recipes"
 
 
-def cached(what: Path, entries: Iterable[Path], build: Callable[[], Index]) -> Index:
-    """The index of a folder that has none, from the cache. Rank 0 builds it where it is missing, or where one of the
-    entries, on which it depends, has changed; the others wait, for as long as that takes.
+def cached(folder: Path, build: Callable[[], Index]) -> Index:
+    """The index of a folder from the cache. Rank 0 builds it where it is missing, or where a folder or a shard that it
+    was made of has changed; the others wait, for as long as that takes.
 
     Every process must call it. Raises UserError on each of them where rank 0 could not.
     """
-    path = cache_folder() / f"{_key(what, entries)}.safetensors"
-    _by_main_process(lambda: make_once(path, lambda partial: build().save(partial)))
+    name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=12).hexdigest()
+    path = cache_folder() / f"{name}.{VERSION}.safetensors"
+    make = partial(make_once, path, lambda partial: build().save(partial))
+    stamp = on_main_process(PartialState(), lambda: _stamp(make(lambda path: _is_fresh(path, folder))))
     until = time.monotonic() + PATIENCE
-    while not path.exists() and time.monotonic() < until:
+    while _stamp(path) != stamp and time.monotonic() < until:
         time.sleep(0.1)
     # Again, for rank 0's cache may be a disk of another node.
-    return Index.load(make_once(path, lambda partial: build().save(partial)))
+    return Index.load(make(lambda path: _stamp(path) == stamp))
 
 
-def _key(what: Path, entries: Iterable[Path]) -> str:
-    """A hash of a folder's place and of the names, sizes and times of change of itself and the entries."""
-    try:
-        stats = [(path.name, path.stat()) for path in (what, *entries)]
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}. Mend or remove it.") from error
-    states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.blake2b(f"{what.resolve()}\n{states}".encode(), digest_size=12).hexdigest()
+def _stamp(path: Path) -> str:
+    """Of the states in an index: empty where there is none, or one that is damaged."""
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(path, framework="pt") as file:
+        return file.metadata()["stamp"]
+    return ""
 
 
-def _by_main_process(work: Callable[[], object]) -> None:
-    """Rank 0 does it, the others wait; its error is everyone's."""
-    state = PartialState()
-    if state.num_processes == 1:
-        work()
-        return
-    ends: list[str] = []  # of rank 0: the error, empty for none, when there is one
-    thread = Thread(target=lambda: ends.append(_error_of(work)), daemon=True)
-    if state.is_main_process:
-        thread.start()
-    end = None
-    while end is None:  # many short messages: one for which the others waited would run into a timeout
-        if state.is_main_process:
-            thread.join(1)
-        (end,) = broadcast_object_list(ends[:1] or [None])
-    if end:
-        raise UserError(end)
+def _is_fresh(path: Path, folder: Path) -> bool:
+    """Whether there is an index, and its folders and shards are as they were."""
+    if stamp := _stamp(path):
+        with contextlib.suppress(OSError):
+            return stamp == _hash({name: state_of(os.stat(folder / name)) for name in Index.lists(path)["states"]})
+    return False
 
 
-def _error_of(work: Callable[[], object]) -> str:
-    try:
-        work()
-        return ""
-    except Exception as error:
-        return str(error) or repr(error)
+def _hash(states: States) -> str:
+    return hashlib.blake2b(json.dumps(states).encode(), digest_size=12).hexdigest()

@@ -2,45 +2,69 @@
 """Tar shards in webdataset's convention: `KEY.jpg` beside `KEY.cls`, which holds the class's number as text."""
 
 import contextlib
+import itertools
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError
 from .index import Index
+from .tree import IMAGES, is_hidden, state_of
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "pgm")
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 BLOCK = tarfile.BLOCKSIZE
 MOST_CLASSES = 1_000_000  # a greater label is taken for a mistake: the network would have an output for each
+FEW_CLASSES = 1000  # a small part of ImageNet has that many
 
 
-def scan(folder: Path, shards: list[Path]) -> Index:
-    """The index of shards that another program wrote, by their headers and labels alone."""
-    rows, torn = [], []
-    for number, shard in enumerate(tqdm(shards, desc=f"index of {folder}", unit="shard", disable=None)):
-        if not is_complete(shard):
-            torn.append(f"{shard} was cut off, or is no tar: what it lost is unknown")
-        rows += [(key, label, number, *place) for key, label, *place in members(shard)]
+def scan(parts: dict[str, list[str]], root: Path) -> Index:
+    """The index of shards that another program wrote, by their headers and labels alone; parts: the shards of each."""
+    shards = [shard for part in parts.values() for shard in part]
+    rows, notes, counts, states = [], [], [], {}
+    for number, shard in enumerate(tqdm(shards, desc=f"index of {root}", unit="shard", disable=None)):
+        states[shard] = state_of(os.stat(root / shard))
+        found, is_whole = members(root / shard)
+        if not is_whole:
+            notes.append(f"torn shard: {root / shard} was cut off or damaged, or is no tar: what it lost is unknown")
+        rows += [(key, label, number, *place) for key, label, *place in found]
+        counts.append(len(found))
     if not rows:
-        raise UserError(f"{folder} has shards but no images in them. Members must be KEY.jpg beside KEY.cls.")
-    key, label, number, *_ = max(rows, key=lambda row: row[1])
-    if label >= MOST_CLASSES:
-        raise UserError(f"{shards[number]}: {key} has the class {label}, which is no number of a class. Mend it.")
-    if label < 0:
-        raise UserError(
-            f"{folder}: no image of its shards has a class. Beside KEY.jpg must be KEY.cls with its number."
-        )
+        raise UserError(f"{root} has shards but no images in them. Members must be KEY.jpg beside KEY.cls.")
     keys, labels, shard, offset, length = map(np.array, zip(*rows, strict=True))
-    names = [str(path.relative_to(folder)) for path in shards]
+    ends = np.cumsum([0, *map(len, parts.values())])
+    sizes = [[sum(counts[begin:end]), int(end - begin)] for begin, end in itertools.pairwise(ends)]
+    places = dict(zip(parts, sizes, strict=True))
+    _check_labels(root, shards, rows, np.split(labels, np.cumsum(sizes, axis=0)[:-1, 0]), places)
+    classes, names = numbered(int(labels.max()) + 1), np.array([os.fsencode(key) for key in keys.tolist()])
     return Index(
-        np.char.encode(keys, "utf-8"), labels, numbered(label + 1), names, shard, offset, length, torn=torn or None
+        names, labels, classes, shards, shard, offset, length, notes=notes or None, parts=places, states=states
     )
+
+
+def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.ndarray], parts: dict) -> None:
+    """Classes without names are as many as the greatest label."""
+    key, label, number, *_ = max(rows, key=lambda row: row[1])
+    for name, part in zip(parts, labels, strict=True):
+        if not (part >= 0).any():
+            what = f"of the part {name}" if name else "of its shards"
+            raise UserError(f"{root}: no image {what} has a class. Beside KEY.jpg must be KEY.cls with its number.")
+    if label >= MOST_CLASSES:
+        raise UserError(
+            f"{root / shards[number]}: {key} has the class {label}, which is no number of a class. Fix it."
+        )
+    if label + 1 > max(len(labels[0]), FEW_CLASSES):
+        raise UserError(f"{root} has the label {label}, but {len(labels[0])} training images in all. Fix that label.")
+    train, *held_out = ({*part[part >= 0].tolist()} for part in labels)
+    if unseen := set().union(*held_out) - train:
+        raise UserError(f"{root}: the class {min(unseen)} has held-out images only. Both parts need the same classes.")
+    if len(train) == 1:
+        raise UserError(
+            f"{root}: all images have the class {label}, and there is nothing to tell apart. Check KEY.cls."
+        )
 
 
 def numbered(count: int) -> list[str]:
@@ -48,25 +72,37 @@ def numbered(count: int) -> list[str]:
     return [str(label) for label in range(count)]
 
 
-def members(shard: Path) -> list[tuple[str, int, int, int]]:
-    """(key, label, offset, length) of each image of a shard; label -1 where it names no class. An image within which
-    the shard ends is listed, so that reading it fails and is counted."""
+def members(shard: Path) -> tuple[list[tuple[str, int, int, int]], bool]:
+    """(key, label, offset, length) of each image of a shard, label -1 where it names no class; and whether the shard
+    is whole. An image within which it ends is listed, so that reading it fails and is counted."""
     images, label = {}, {}
+    found, is_whole = members_of_tar(shard)
     with open(shard, "rb") as file:
-        for member in _headers(file):
+        for member in found:
             # webdataset's: what comes before the first dot of the file's name.
             stem, _, kind = os.path.basename(member.name).partition(".")
             key, kind = os.path.join(os.path.dirname(member.name), stem), kind.lower()
             if kind.rpartition(".")[2] in PICKLES:  # of the whole: KEY.input.pyd
                 raise UserError(
                     f"{shard} holds {member.name}, a pickle, which can run any program when it is read. "
-                    "Pack the images anew from their JPEG files: tools/pack.py."
+                    "Pack the images again from their JPEG files: tools/pack.py."
                 )
             if kind == "cls":
                 label[key] = _number(os.pread(file.fileno(), min(member.size, 32), member.offset_data))
             elif image_kind([kind]):
                 images.setdefault(key, {}).setdefault(kind, (member.offset_data, member.size))
-    return [(key, label.get(key, -1), *kinds[image_kind(kinds)]) for key, kinds in images.items()]
+    for key, kinds in images.items():
+        _refuse_several(shard, key, kinds)
+    return [(key, label.get(key, -1), *kinds[image_kind(kinds)]) for key, kinds in images.items()], is_whole
+
+
+def _refuse_several(shard: Path, key: str, kinds: Iterable[str]) -> None:
+    plain = [kind for kind in kinds if kind in IMAGES] or list(kinds)
+    if len(plain) > 1:
+        raise UserError(
+            f"{shard} has several images of {key}: {', '.join(plain[:3])}. Call the one to train on {key}.jpg, or "
+            "remove the others."
+        )
 
 
 def image_kind(kinds: Iterable[str]) -> str | None:
@@ -75,17 +111,32 @@ def image_kind(kinds: Iterable[str]) -> str | None:
     return min(found, key=lambda kind: kind not in IMAGES, default=None)
 
 
-def is_complete(shard: Path) -> bool:
-    """Whether it ends as an archive does, with two empty blocks; tarfile does not mind where they lack."""
-    with open(shard, "rb") as file:
-        file.seek(max(0, shard.stat().st_size - 2 * BLOCK))
-        return file.read() == bytes(2 * BLOCK)
+def members_of_tar(path: Path) -> tuple[list[tarfile.TarInfo], bool]:
+    """The files of a tar, or of what is left of it, links to them, and folders, whose names end in a slash; hidden
+    ones are left out. And whether it goes on to its end, an empty block: tarfile does not mind a damaged header.
+
+    A file's size is at most one byte more than the tar has: a damaged one can be any number.
+    """
+    files, size = {}, os.stat(path).st_size
+    with open(path, "rb") as file, contextlib.suppress(tarfile.TarError, MemoryError, OverflowError, ValueError):
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it closes nothing
+        for member in tqdm(tar, desc=str(path), unit="member", disable=None, leave=False):
+            if any(is_hidden(name) for name in member.name.split("/") if name != "."):
+                continue
+            if member.isdir():
+                member.name += "/"
+            if member.isfile() or member.isdir():
+                member.size = min(member.size, max(0, size - member.offset_data) + 1)
+                files[member.name] = member
+            elif target := (member.issym() or member.islnk()) and files.get(_target(member)):
+                files[member.name] = target.replace(name=member.name, deep=False)
+        return list(files.values()), os.pread(file.fileno(), BLOCK, tar.offset) == bytes(BLOCK)
+    return list(files.values()), False
 
 
-def _headers(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """Of what is left of a shard: none of one that is empty."""
-    with contextlib.suppress(tarfile.ReadError), tarfile.open(fileobj=file, mode="r:") as tar:
-        yield from filter(tarfile.TarInfo.isfile, tar)
+def _target(link: tarfile.TarInfo) -> str:
+    """Of a link in a tar, by its name there."""
+    return link.linkname if link.islnk() else os.path.normpath(os.path.join(os.path.dirname(link.name), link.linkname))
 
 
 def _number(text: bytes) -> int:

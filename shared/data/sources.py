@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random access to labelled images: the embedded digits, class folders, tar shards, or a CSV of paths."""
+"""Random access to labelled images: the embedded digits, or what a folder or a CSV file names."""
 
-import csv
+import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,28 +12,39 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
 from ..config import UserError, say
+from . import listing, shards
 from .index import NAME as INDEX
 from .index import Index, cached
 from .order import Blocks, random_bits
-from .shards import numbered, scan
-from .storage import Files, Images, Members, Pixels, Rows, class_numbers
+from .storage import Files, Images, Members, Pixels
+from .tables import open_rows, read_columns
+from .tree import HELD_OUT, PARTS, pair, read_layout, tree_of_folder
 
-HELD_OUT = ("val", "valid", "validation", "test")
-FEW_CLASSES = 1000  # a small part of ImageNet has that many
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ARCHIVES = (".zip", ".tar")
+SAMPLED = 64  # images of a part whose bytes are in its fingerprint
 
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images: `labels[i]`, of `images[i]`, indexes `classes`. blocks: for an order that goes by shards."""
+    """Labelled images: `labels[i]`, of `images[i]`, indexes `classes`; -1 where an image names none. blocks: for an
+    order that goes by shards.
+
+    Raises UserError for labels that are no whole numbers, one an image: they are never cast.
+    """
 
     images: Images
     labels: np.ndarray
     classes: list[str]
     blocks: Blocks | None = None
+
+    def __post_init__(self):
+        if self.labels.dtype.kind not in "iu" or self.labels.ndim != 1:
+            raise UserError(
+                f"labels of {self.labels.dtype}, {self.labels.ndim} dimensions, such as {self.labels[:1].tolist()}. "
+                "Give the number of one class an image; other tasks than classification are not supported."
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,14 +53,28 @@ class Source:
         blocks = self.blocks and Blocks(self.blocks.shard[numbers], self.blocks.size)
         return Source(self.images.take(numbers), self.labels[numbers], self.classes, blocks)
 
+    def fingerprint(self) -> str:
+        """16 hex digits of all labels, of all files' names and of the bytes of SAMPLED images."""
+        digest = hashlib.blake2b(self.labels.astype(np.int64), digest_size=8)
+        names = getattr(getattr(self.images, "index", self.images), "names", None)
+        digest.update(b"" if names is None else names.tobytes())
+        for number in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int).tolist():
+            try:
+                digest.update(self.images[number])
+            except OSError:
+                digest.update(b"torn")
+        return digest.hexdigest()
 
-def open_data(data: str, val_fraction: float, seed: int, shuffle_block: int = 0) -> tuple[Source, Source]:
+
+def open_data(
+    data: str, val_fraction: float, seed: int, shuffle_block: int = 0, image_column: str = "", label_column: str = ""
+) -> tuple[Source, Source]:
     """The training and the held-out images of `--data`. shuffle_block: shards whose samples are shuffled together; 0
-    shuffles all.
+    shuffles all. image_column, label_column: which ones of a table or a CSV; empty where there is but one.
 
     Raises UserError, naming the folder and the remedy, for whatever is missing, empty or contradictory.
     """
-    train, held_out = _open(data, val_fraction, seed)
+    train, held_out = _open(data, val_fraction, seed, image_column, label_column)
     if shuffle_block and train.blocks is None:
         raise UserError(
             f"--shuffle_block {shuffle_block} needs tar shards, which tools/pack.py fills at random; {data} has none. "
@@ -58,19 +84,129 @@ def open_data(data: str, val_fraction: float, seed: int, shuffle_block: int = 0)
     return replace(train, blocks=blocks), held_out
 
 
-def _open(data: str, val_fraction: float, seed: int) -> tuple[Source, Source]:
+def _open(data: str, val_fraction: float, seed: int, *columns: str) -> tuple[Source, Source]:
     if data == "digits":
+        _refuse_columns(columns, "the digits")
         _refuse_fraction(val_fraction, "the digits")
         return _digits()
     path = Path(data)
     if not path.exists():
         raise UserError(f"--data {data} does not exist. Give the word digits, a folder, or a CSV file.")
     if path.is_file() and path.suffix.lower() == ".csv":
-        return _from_csv(path, val_fraction, seed)
+        return _from_csv(path, val_fraction, seed, *columns)
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        raise UserError(f"--data {data} is an archive. Pack it: python tools/pack.py {data} FOLDER --format tar.")
     if not path.is_dir():
         raise UserError(f"--data {data} is neither a folder nor a .csv file.")
     raw = path / "RawImages"  # of Jean Zay's $DSDIR/imagenet
-    return _from_folder(raw if raw.is_dir() else path, val_fraction, seed)
+    folder = raw if raw.is_dir() else path
+    return train_and_held_out(_parts_of_folder(folder, columns), val_fraction, seed, folder)
+
+
+def train_and_held_out(
+    parts: dict[str, Source], val_fraction: float, seed: int, where: Path | str
+) -> tuple[Source, Source]:
+    """The two parts, with the same classes in the training's order; without a held-out one a share of each class.
+
+    Raises UserError where they cannot be.
+    """
+    train, *held_out = (parts[name] for name in pair(list(parts), str(where)))
+    if len(train.classes) < 2:
+        raise UserError(f"{where} has one class, {train.classes[0]}, and nothing to tell apart. Give it another.")
+    if not held_out:
+        return split(train, val_fraction, seed, where)
+    _refuse_fraction(val_fraction, f"the part {list(parts)[1]} of {where}")
+    return train, with_classes(held_out[0], train.classes, where)
+
+
+def with_classes(held_out: Source, classes: list[str], where: Path | str) -> Source:
+    """Labels as numbers of these classes, by name. Raises UserError for a class that one part lacks."""
+    if held_out.classes == classes:
+        return held_out
+    refuse_other_classes(classes, held_out.classes, where)
+    number = {name: label for label, name in enumerate(classes)}
+    numbers = np.array([*(number[name] for name in held_out.classes), -1])  # the label -1 stays
+    return replace(held_out, labels=numbers[held_out.labels], classes=classes)
+
+
+def refuse_other_classes(train: Iterable[str], held_out: Iterable[str], where: Path | str) -> None:
+    if different := sorted({*train} ^ {*held_out}):
+        part = "training" if different[0] in train else "held-out"
+        raise UserError(f"{where}: the class {different[0]} has {part} images only. Both parts need the same classes.")
+
+
+def _parts_of_folder(folder: Path, columns: tuple[str, ...]) -> dict[str, Source]:
+    if packed := _packed(folder):
+        _refuse_columns(columns, str(folder))
+        return packed
+    index = cached(folder, lambda: scan(folder))
+    if index.notes and PartialState().is_main_process:
+        say("\n".join(index.notes), sys.stderr)
+    if index.tables:
+        return {name: _from_tables(folder, name, files, columns) for name, files in index.tables.items()}
+    _refuse_columns(columns, str(folder))
+    return {name: _of_index(folder, index.part(name)) for name in index.parts}
+
+
+def _packed(folder: Path) -> dict[str, Source]:
+    """What tools/pack.py wrote: the parts with an index beside them, where none lacks it."""
+    if (folder / INDEX).exists():
+        return {"": _of_packed(folder)}
+    parts = [entry.name for entry in os.scandir(folder) if entry.name in PARTS and entry.is_dir()]
+    if not parts or not all((folder / name / INDEX).exists() for name in parts):
+        return {}
+    return {name: _of_packed(folder / name) for name in pair(sorted(parts), str(folder))}
+
+
+def _of_packed(folder: Path) -> Source:
+    index = Index.load(folder / INDEX)
+    missing = set(index.shards or ()) - {entry.name for entry in os.scandir(folder)}
+    if missing:
+        raise UserError(f"{folder / INDEX} lists {min(missing)}, which is not there. Copy it, or pack again.")
+    return _of_index(folder, index)
+
+
+def _of_index(folder: Path, index: Index) -> Source:
+    images = Members(str(folder), index) if index.shards else Files(str(folder), index.names)
+    return Source(images, index.labels, index.classes, Blocks(index.shard, 0) if index.shards else None)
+
+
+def scan(folder: Path) -> Index:
+    """List a folder's images, or its shards' or its tables."""
+    try:
+        tree, states, notes = tree_of_folder(folder)
+        layout = read_layout(tree, str(folder))
+        index = INDEX_OF[layout.kind](layout.parts, folder)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}. Fix or remove it.") from error
+    notes += layout.notes + (index.notes or [])
+    return replace(index, notes=notes or None, states=states | (index.states or {}))
+
+
+def index_of_images(parts: dict[str, dict[str, list[str]]], where: Path) -> Index:
+    """Of class folders, one part after the other. Raises UserError where their classes are not the same."""
+    first = next(iter(parts.values()))
+    classes, names, labels, counts = list(first), [], [], {}
+    for name, part in parts.items():
+        refuse_other_classes(first, part, where)
+        before = len(names)
+        for label, files in enumerate(part[each] for each in classes):
+            names += map(os.fsencode, files)
+            labels += [label] * len(files)
+        counts[name] = [len(names) - before, 0]
+    return Index(np.array(names), np.array(labels, dtype=np.int64), classes, parts=counts)
+
+
+def _index_of_tables(parts: dict[str, list[str]], where: Path) -> Index:
+    return Index(np.zeros(0, "S1"), np.zeros(0, np.int64), [], tables=parts)
+
+
+INDEX_OF = {"images": index_of_images, "tar shards": shards.scan, "tables": _index_of_tables}
+
+
+def _from_tables(folder: Path, part: str, files: list[str], columns: tuple[str, ...]) -> Source:
+    where = str(folder / part)
+    return Source(*read_columns(open_rows([folder / file for file in files]), where, *columns))
 
 
 def _digits() -> tuple[Source, Source]:
@@ -85,135 +221,39 @@ def _digits() -> tuple[Source, Source]:
     return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
 
 
-def _from_folder(path: Path, val_fraction: float, seed: int) -> tuple[Source, Source]:
-    train = path / "train"
-    held_out = [path / name for name in HELD_OUT if (path / name).is_dir()]
-    if not train.is_dir():
-        if held_out:
-            raise UserError(f"{path} has {held_out[0].name}/ but no train/. Add it, or list the images in a CSV.")
-        return _split_numbered(_scan(path), val_fraction, seed, path)
-    if not held_out:
-        return _split_numbered(_scan(train), val_fraction, seed, path)
-    if len(held_out) > 1:
-        names = " and ".join(folder.name for folder in held_out)
-        raise UserError(f"{path} has {names}. Keep one of them, or list the images in a CSV.")
-    _refuse_fraction(val_fraction, str(held_out[0]))
-    sources = _scan(train), _scan(held_out[0])
-    if all(source.classes == numbered(len(source.classes)) for source in sources):
-        # Classes without names are as many as the greatest label that a part happens to hold.
-        classes = max((source.classes for source in sources), key=len)
-        _refuse_stray_label(len(classes), len(sources[0]), path)
-        return replace(sources[0], classes=classes), replace(sources[1], classes=classes)
-    _same_classes(*sources, path)
+def _from_csv(path: Path, val_fraction: float, seed: int, *columns: str) -> tuple[Source, Source]:
+    """Columns path (relative to the CSV's folder, or absolute), label (a class name) and, optionally, split."""
+    paths, names, parts = listing.read_csv(path, *columns)
+    classes = sorted({*names})
+    number = {name: label for label, name in enumerate(classes)}
+    first = path.parent / paths[0]  # any other that is missing is counted as torn
+    if not first.is_file():
+        raise UserError(f"{path} names {first}, which does not exist. Paths are relative to the CSV's folder.")
+    images = Files(str(path.parent), np.array([*map(os.fsencode, paths)]))
+    everything = Source(images, np.array([number[name] for name in names], dtype=np.int64), classes)
+    if parts is None:
+        return train_and_held_out({"": everything}, val_fraction, seed, path)
+    return train_and_held_out(_by_split(everything, parts, path), val_fraction, seed, path)
+
+
+def _by_split(everything: Source, parts: list[str], path: Path) -> dict[str, Source]:
+    unknown = sorted({part for part in parts if part.lower() not in PARTS})
+    if unknown:
+        raise UserError(f"{path} has the split {unknown[0]!r}. Write train, or one of {', '.join(HELD_OUT)}.")
+    lines = np.array([part.lower() for part in parts])
+    names = pair(sorted({*lines.tolist()}), str(path))
+    if len(names) == 1:
+        raise UserError(f"{path} has no row with the split val. Add one, or drop the column for --val_fraction.")
+    sources = {name: everything.subset(np.flatnonzero(lines == name)) for name in names}
+    present = [[everything.classes[label] for label in np.unique(part.labels)] for part in sources.values()]
+    refuse_other_classes(*present, path)
     return sources
 
 
-def _scan(folder: Path) -> Source:
-    """One part of the data: tar shards, parquet files, what `datasets` saved, or class folders."""
-    shards, tables = sorted(folder.glob("*.tar")), sorted(folder.glob("*.parquet"))
-    if tables or (folder / "dataset_info.json").exists():
-        return _from_datasets(folder, tables)
-    if (folder / INDEX).exists():  # of tools/pack.py
-        index = Index.load(folder / INDEX)
-        missing = set(index.shards or ()) - {shard.name for shard in shards}
-        if missing:
-            raise UserError(f"{folder / INDEX} lists {min(missing)}, which is not there. Copy it, or pack anew.")
-    elif shards:
-        index = cached(folder, shards, lambda: scan(folder, shards))
-    else:
-        index = cached(folder, _class_folders(folder), lambda: _of_class_folders(folder))
-    if index.torn and PartialState().is_main_process:
-        say("\n".join(f"torn shard: {shard}" for shard in index.torn), sys.stderr)
-    images = Members(str(folder), index) if shards else Files(str(folder), index.names)
-    return Source(images, index.labels, index.classes, Blocks(index.shard, 0) if shards else None)
-
-
-def _from_datasets(folder: Path, tables: list[Path]) -> Source:
-    """Rows of Hugging Face's features Image and ClassLabel, which `datasets` maps into memory: parquet by way of its
-    cache, what `save_to_disk` wrote from where it lies."""
-    import datasets
-
-    files = [str(table) for table in tables]
-    saved = not files
-    rows = (
-        datasets.load_from_disk(folder) if saved else datasets.load_dataset("parquet", data_files=files, split="train")
-    )
-    kinds = {type(feature): name for name, feature in rows.features.items()}
-    if not {datasets.Image, datasets.ClassLabel} <= set(kinds):
-        raise UserError(f"{folder}: its columns are {dict(rows.features)}. An Image and a ClassLabel are needed.")
-    image, label = kinds[datasets.Image], kinds[datasets.ClassLabel]
-    classes = rows.features[label].names
-    labels = class_numbers(rows.data.table[label], len(classes))
-    return Source(Rows(rows.data.table[image], str(folder)), labels, classes)
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    return sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _of_class_folders(folder: Path) -> Index:
-    classes = [entry.name for entry in _class_folders(folder)]
-    if not classes:
-        raise UserError(f"{folder} holds no class folders. Put the images of each class into a folder of its own.")
-    names, labels = [], []
-    for label, name in enumerate(tqdm(classes, desc=f"index of {folder}", unit="class", disable=None)):
-        files = sorted(
-            os.path.relpath(os.path.join(parent, file), folder)
-            for parent, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        )
-        if not files:
-            raise UserError(f"the class folder {folder / name} holds no images. Fill it or remove it.")
-        names += files
-        labels += [label] * len(files)
-    return Index(np.array([os.fsencode(name) for name in names]), np.array(labels, dtype=np.int64), classes)
-
-
-def _from_csv(path: Path, val_fraction: float, seed: int) -> tuple[Source, Source]:
-    """Columns path (relative to the CSV's folder, or absolute), label (a class name) and, optionally, split."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = set(rows[0]) if rows else set()
-    if not {"path", "label"} <= columns:
-        raise UserError(f"{path} needs a header `path,label,split` and at least one row (split may be left out).")
-    for number, row in enumerate(rows, start=2):
-        if not row["path"] or not row["label"]:
-            raise UserError(f"{path}, line {number}: path or label is empty. Complete the line or remove it.")
-    classes = sorted({row["label"] for row in rows})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[row["label"]] for row in rows], dtype=np.int64)
-    first = path.parent / rows[0]["path"]  # any other that is missing is counted as torn
-    if not first.is_file():
-        raise UserError(f"{path} names {first}, which does not exist. Paths are relative to the CSV's folder.")
-    everything = Source(Files(str(path.parent), np.array([os.fsencode(row["path"]) for row in rows])), labels, classes)
-    if "split" not in columns:
-        return split(everything, val_fraction, seed, path)
-    return _bysplit(everything, [row["split"] for row in rows], val_fraction, path)
-
-
-def _bysplit(everything: Source, splits: list[str], val_fraction: float, path: Path) -> tuple[Source, Source]:
-    _refuse_fraction(val_fraction, f"the split column of {path}")
-    unknown = sorted({str(split) for split in splits} - {"train", *HELD_OUT})
-    if unknown:
-        raise UserError(f"{path} has the split {unknown[0]!r}. Write train, or one of {', '.join(HELD_OUT)}.")
-    training = np.array([split == "train" for split in splits])
-    parts = [everything.subset(np.flatnonzero(mask)) for mask in (training, ~training)]
-    for part, name in zip(parts, ("train", "val"), strict=True):
-        if not len(part):
-            raise UserError(
-                f"{path} has no row with the split {name}. Add one, or drop the column for --val_fraction."
-            )
-    _same_classes(
-        *(Source(part.images, part.labels, [part.classes[i] for i in np.unique(part.labels)]) for part in parts), path
-    )
-    return parts[0], parts[1]
-
-
-def split(everything: Source, val_fraction: float, seed: int, path: Path) -> tuple[Source, Source]:
+def split(everything: Source, val_fraction: float, seed: int, path: Path | str) -> tuple[Source, Source]:
     """Hold out `val_fraction` of each class, drawn from the seed."""
     if val_fraction == 0:
-        raise UserError(f"{path} has no held-out images. Add {'/, '.join(HELD_OUT)}/, or give --val_fraction 0.1.")
+        raise UserError(f"{path} has no held-out images. Add a folder val/, or give --val_fraction 0.1.")
     order = np.argsort(random_bits(len(everything), seed), kind="stable")
     held_out = np.zeros(len(everything), dtype=bool)
     for label in range(len(everything.classes)):
@@ -222,23 +262,10 @@ def split(everything: Source, val_fraction: float, seed: int, path: Path) -> tup
     return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
 
 
-def _split_numbered(everything: Source, val_fraction: float, seed: int, path: Path) -> tuple[Source, Source]:
-    if everything.classes == numbered(len(everything.classes)):
-        _refuse_stray_label(len(everything.classes), len(everything), path)
-    return split(everything, val_fraction, seed, path)
-
-
-def _refuse_stray_label(classes: int, images: int, path: Path) -> None:
-    """The network would have an output for each number up to it."""
-    if classes > max(images, FEW_CLASSES):
-        raise UserError(f"{path} has the label {classes - 1}, but {images} training images in all. Mend that label.")
-
-
-def _same_classes(train: Source, held_out: Source, path: Path) -> None:
-    different = sorted(set(train.classes) ^ set(held_out.classes))
-    if different:
-        where = "training" if different[0] in train.classes else "held-out"
-        raise UserError(f"{path}: the class {different[0]} has {where} images only. Both parts need the same classes.")
+def _refuse_columns(columns: tuple[str, ...], what: str) -> None:
+    for flag, name in zip(("--image_column", "--label_column"), columns, strict=True):
+        if name:
+            raise UserError(f"{flag} {name} has no use: {what} has no columns. Leave it out.")
 
 
 def _refuse_fraction(val_fraction: float, what: str) -> None:

@@ -140,9 +140,3 @@ class Rows:
 
     def take(self, numbers: np.ndarray) -> "Rows":
         return Rows(self.column, self.where, self.rows[numbers])
-
-
-def class_numbers(column, count: int) -> np.ndarray:
-    """(N,) int64 of a pyarrow column of labels; -1 where it is null or names none of the `count` classes."""
-    labels = np.asarray(column.fill_null(-1), dtype=np.int64)
-    return np.where((labels >= 0) & (labels < count), labels, -1)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet and arrow files of Hugging Face's `datasets`: which of their columns are trained on, and their rows."""
+
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+from ..accelerator import on_main_process
+from ..config import UserError
+from .storage import Rows
+
+IMAGE_COLUMN, LABEL_COLUMN = "--image_column", "--label_column"
+
+
+def open_rows(files: list[Path]):
+    """The rows of one part as a `datasets.Dataset` that lies on the disk: arrow files are mapped from where they are,
+    parquet by way of the library's cache."""
+    import datasets
+
+    on_main_process(PartialState(), _refuse_other_features, files)
+    try:
+        if (files[0].parent / "state.json").exists():  # of save_to_disk, which lists the files
+            return datasets.load_from_disk(files[0].parent)
+        if files[0].suffix.lower() == ".arrow":
+            return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+        return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{files[0].parent}: {reason}. Copy or write its files again.") from error
+
+
+def _refuse_other_features(files: list[Path]) -> None:
+    """The library gives all files the first one's names of classes, whatever the numbers mean in the others."""
+    import datasets
+
+    first = None
+    for file in files:
+        features = {
+            name: feature
+            for name, feature in datasets.Features.from_arrow_schema(_schema(file)).items()
+            if isinstance(feature, datasets.Image | datasets.ClassLabel)
+        }
+        first = features if first is None else first
+        for name in sorted(first.keys() | features.keys()):
+            if first.get(name) != features.get(name):
+                raise UserError(
+                    f"{file}: its column {name} is {_said(features.get(name))}, but {_said(first.get(name))} in "
+                    f"{files[0].name}. Write all files of a part alike."
+                )
+
+
+def _schema(file: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.suffix.lower() == ".parquet":
+            return pq.read_schema(file)
+        with pa.memory_map(str(file)) as mapped:
+            return pa.ipc.open_stream(mapped).schema
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{file} cannot be read: {reason}. Copy or write it again.") from error
+
+
+def read_columns(rows, where: str, image_column: str = "", label_column: str = "") -> tuple[Rows, np.ndarray, list]:
+    """The images, the labels and the names of the classes of a `datasets.Dataset`; empty names choose the columns
+    where there is one of each.
+
+    Raises UserError, naming the columns, for several ones of a kind, or none, or a name that is not there.
+    """
+    import datasets
+
+    image = choose_column(rows.features, datasets.Image, image_column, IMAGE_COLUMN, where)
+    label = choose_column(rows.features, datasets.ClassLabel, label_column, LABEL_COLUMN, where)
+    table, classes = rows.data.table, rows.features[label].names
+    return (
+        Rows(table[image], where),
+        class_numbers(table[label], len(classes), f"{where}: the column {label}"),
+        classes,
+    )
+
+
+def choose_column(features: dict, kind: type, wanted: str, flag: str, where: str) -> str:
+    """The name of the only column of a kind of feature, or of the one that `flag` names."""
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if wanted in found or (len(found) == 1 and not wanted):
+        return wanted or found[0]
+    if wanted in features:
+        raise UserError(
+            f"{where}: {flag} {wanted} is {_said(features[wanted])}, and no {kind.__name__}. {_cast(kind)}"
+        )
+    there = ", ".join(f"{name} ({_said(feature)})" for name, feature in features.items())
+    if wanted:
+        raise UserError(f"{where} has no column {wanted}. It has {there}. Give {flag} one of them.")
+    if found:
+        raise UserError(f"{where} has the {kind.__name__} columns {', '.join(found)}. Choose one: {flag} {found[0]}.")
+    raise UserError(f"{where} has no {kind.__name__} among its columns {there}. {_cast(kind)}")
+
+
+def _said(feature) -> str:
+    """What a column holds, in a word or two."""
+    if names := getattr(feature, "names", None):
+        return f"a ClassLabel of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+    kind = type(feature).__name__
+    return {"NoneType": "absent", "Value": getattr(feature, "dtype", "")}.get(kind, kind)
+
+
+def _cast(kind: type) -> str:
+    return f"Write the table again with that column as {kind.__name__}: `datasets.Dataset.cast_column`."
+
+
+def class_numbers(column, count: int, where: str) -> np.ndarray:
+    """(N,) int64 of a pyarrow column of labels; -1 where it is null or names none of the `count` classes."""
+    import pyarrow as pa
+
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{where} holds {column.type}, which is no number of a class. Write it as a ClassLabel.")
+    labels = np.asarray(column.fill_null(-1), dtype=np.int64)
+    return np.where((labels >= 0) & (labels < count), labels, -1)
