@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -32,6 +33,8 @@ LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 GRACE = 45  # seconds for a last checkpoint; a new start waits 60 for the folder's lock
+
+OTHER_FILES = 1000  # libraries, loaders, logs, checkpoints
 
 # Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
 MESH = ("pp", "dp", "tp")
@@ -69,6 +72,7 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     _check_processes(on_cpu)
     shape = _mesh_shape(config)
     _check_recipes_keys()
+    _check_descriptors()
     with meeting():
         accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
@@ -219,6 +223,26 @@ def _check_recipes_keys() -> None:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     if _variable("ACCELERATE_GRADIENT_CLIPPING", "auto") != "auto":
         raise UserError("gradient_clipping stands in the YAML. Remove it there and give --max_grad_norm.")
+
+
+def raise_open_files(wanted: int) -> int:
+    """Let this process open `wanted` files and sockets, or as many as the system allows; return how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
+
+
+def _check_descriptors() -> None:
+    """Refuse a world whose three gloo groups do not fit: each takes a descriptor for each process, and three more."""
+    needed = 3 * (world_size() + 3)
+    allowed = raise_open_files(needed + OTHER_FILES)
+    if world_size() > 1 and allowed < needed:
+        raise UserError(
+            f"{world_size()} processes need {needed} open files each, and this machine allows {allowed} (ulimit -Hn). "
+            "Have the hard limit raised, or use fewer processes."
+        )
 
 
 def _parallelism_config() -> ParallelismConfig | None:

@@ -4,6 +4,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Interruption:
         self.seen, self.steps_between, self.next_check = 0, 1, 0
         self.asked: tuple[float, int] | None = None  # when, and after which step
         self.reserve = 0.0  # seconds that a save and an evaluation took, at most
-        self.deadline = _deadline(time_limit)
+        self.deadline = _deadline(time_limit) if self.watches else 0
         # A group of its own: no other message may come between.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.flags = torch.zeros(2, dtype=torch.float64)
@@ -112,11 +113,24 @@ class Interruption:
 
 
 def _deadline(time_limit: float) -> float:
-    """In Unix time; 0 is none."""
+    """In Unix time; 0 is none. A shell keeps the end of a job that is over; a job without a limit has no number."""
     if time_limit:
         return time.time() + time_limit
-    end = float(os.environ.get("SLURM_JOB_END_TIME", 0))
-    return end - MARGIN if end else 0
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    end = int(text) if text.isdecimal() else 0
+    return end - MARGIN if end > time.time() and _job_runs() else 0
+
+
+def _job_runs() -> bool:
+    """Whether SLURM_JOB_ID is a job that runs: so say slurm/launch.sh or Slurm; if nobody answers, it is believed."""
+    if job_folder() or "SLURM_JOB_ID" not in os.environ:
+        return job_folder() is not None
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return "RUNNING" in answer.stdout or (answer.returncode != 0 and "Invalid job id" not in answer.stderr)
 
 
 def ignore_signals() -> None:

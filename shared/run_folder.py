@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +25,14 @@ from .tensor_files import replace_text, to_disk
 
 LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
-LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "SLURM_", "NCCL_", "OMP_NUM_THREADS", "CUDA_VISIBLE_")
-LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What says how a run was launched. Of Slurm's variables, which may hold secrets (SLURM_JWT), only what is named here:
+# the job, and what it was given.
+LAUNCHER_VARIABLES = re.compile(
+    "(ACCELERATE|FSDP|PARALLELISM|NCCL|GLOO|CUDA_VISIBLE)_.*|OMP_NUM_THREADS|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+    "|SLURM_(JOB_(ID|NAME|NUM_NODES|NODELIST|PARTITION|QOS|ACCOUNT|START_TIME|END_TIME)|ARRAY_(JOB|TASK)_ID|CLUSTER_NAME"
+    "|SUBMIT_(DIR|HOST)|RESTART_COUNT|NODEID|PROCID|LOCALID|NTASKS|CPUS_(PER_TASK|ON_NODE)|GPUS_ON_NODE)"
+)
+SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def wait_for_preflight() -> None:
@@ -186,8 +193,6 @@ def _hash(data: bytes) -> str:
 
 
 def launcher_variables() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(LAUNCHER_VARIABLES) or name in LAUNCHER_NAMES
-    }
+    """Return what the environment says of the launch, without names that promise a secret."""
+    names = (name for name in sorted(os.environ) if LAUNCHER_VARIABLES.fullmatch(name) and not SECRETS.search(name))
+    return {name: os.environ[name] for name in names}

@@ -8,7 +8,7 @@
 #
 # Variables to export before sbatch:
 #   RECIPES_ROOT                 the folder of slurm/, where it is not the one that you submit from
-#   RECIPES_MODULES              modules to load; empty = none. An active environment that has accelerate wins
+#   RECIPES_MODULES              modules to load; empty = none. An active environment with accelerate wins: none is loaded
 #   RECIPES_SETUP                a file to source before python is looked for: unpacks an environment, say
 #   RECIPES_PREFLIGHT            off = no preflight in the job
 #   RECIPES_MAX_RESTARTS         requeues at most (100)
@@ -23,6 +23,7 @@ main() {
     command -v python >/dev/null || fail "no python. Activate your environment before sbatch, or see RECIPES_MODULES."
     read_words "$@"
     name_job
+    echo "python: $(command -v python)"
     prepare_job_folder
     keep_sources
     begin_preflight
@@ -37,10 +38,9 @@ main() {
 # An environment of your own, activated before sbatch, comes with the job; else a module brings python. `module` and
 # what activates an environment read variables that nobody set.
 load_environment() {
-    local own=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-    # A module of the login shell, which was for its own GPUs, may be a conda environment too.
-    if [[ ! -x $own/bin/accelerate || :${LOADEDMODULES:-}: == *:pytorch-gpu/* ]] && [[ ${RECIPES_MODULES-set} ]] &&
-        command -v module >/dev/null; then
+    # shellcheck source=environment.sh
+    source "$ROOT/slurm/environment.sh"
+    if ! use_active_environment && [[ ${RECIPES_MODULES-set} ]] && command -v module >/dev/null; then
         module purge
         # shellcheck disable=SC2086  # several names
         module load ${RECIPES_MODULES:-$MODULES}
@@ -155,8 +155,10 @@ end_preflight() {
 }
 
 prepare_environment() {
-    # Compute nodes have no internet.
-    export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
+    local store=${SCRATCH:-${WORK:-}} key
+    # Compute nodes have no internet. What you have set stays, by either of Hugging Face's names.
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-${TRANSFORMERS_OFFLINE:-1}} WANDB_MODE=${WANDB_MODE:-offline}
+    export HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-$HF_HUB_OFFLINE}
     if [[ -d ${WORK:-} ]]; then
         export HF_HOME=${HF_HOME:-$WORK/.cache/huggingface} TORCH_HOME=${TORCH_HOME:-$WORK/.cache/torch}
     fi
@@ -164,11 +166,20 @@ prepare_environment() {
         export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/.cache/triton}
         export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/.cache/inductor}
     fi
+    if [[ -d $store && -z ${TORCH_EXTENSIONS_DIR:-} ]] && key=$(build_of_torch); then
+        export TORCH_EXTENSIONS_DIR=$store/.cache/torch_extensions/$MACHINE-$key
+    fi
     if [[ -d ${JOBSCRATCH:-} ]]; then export TMPDIR=$JOBSCRATCH; fi
     # After what the user has: a recipe that was copied alone finds shared/.
     export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$ROOT PYTHONUNBUFFERED=1
     # From 22.05 on srun no longer takes it from sbatch.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+}
+
+# What DeepSpeed compiles is for one kind of processor, one torch and one environment, and is built again where two share it.
+build_of_torch() {
+    python -c 'import sys, zlib; from importlib.metadata import version
+print("torch" + version("torch"), f"{zlib.crc32(sys.prefix.encode()):08x}", sep="-")' 2>/dev/null
 }
 
 # What this shell and the processes of this start tell each other, on a file system that all nodes see: unchecked and
@@ -187,13 +198,17 @@ prepare_job_folder() {
 
 # shared/interruption.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
 watch_time() {
-    local end
-    if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(squeue -h -j "$job" -o %e) && end=$(date -d "$end" +%s 2>/dev/null); then
-        export SLURM_JOB_END_TIME=$end
+    local end=${SLURM_JOB_END_TIME:-} now
+    now=$(date +%s)
+    # A past one was left over from another job; NONE and UNLIMITED are no time.
+    if [[ ! $end =~ ^[0-9]+$ ]] || ((end <= now)); then
+        unset SLURM_JOB_END_TIME
+        end=$(squeue -h -j "$job" -o %e) && end=$(date -d "${end:-NONE}" +%s 2>/dev/null) || end=0
+        if ((end > now)); then export SLURM_JOB_END_TIME=$end; fi
     fi
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
     # --signal=B:USR1@600 comes at the start of a job of ten minutes; such a short one has the end time alone.
-    if ((${SLURM_JOB_END_TIME:-0} && SLURM_JOB_END_TIME - $(date +%s) < 1200)); then
+    if ((end > now && end - now < 1200)); then
         trap 'trapped=1' USR1
     elif [[ ${early:-} ]]; then
         touch "$RECIPES_JOB_FOLDER/STOP"
@@ -201,21 +216,25 @@ watch_time() {
 }
 
 launch() {
-    local hosts=(127.0.0.1) more words step
+    local hosts=(127.0.0.1) tasks=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1) address more words step
     if ((nodes > 1)); then mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
     split more "${RECIPES_LAUNCH_FLAGS:-}"
     words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))
-    words+=(--main_process_ip "${MASTER_ADDR:-${hosts[0]}}" --main_process_port "$(free_port)")
+    address=${MASTER_ADDR:-${hosts[0]}}
+    words+=(--main_process_ip "$address" --main_process_port "$(free_port)")
     # The YAML's own values of these two are ignored; c10d would sort the nodes anew.
     words+=(--rdzv_backend static --same_network)
     # Each line of the log carries its node and local rank; on_node says where the files lie.
     words+=(--tee 3)
     if [[ $strategy == hsdp ]]; then words+=(--parallelism_config_dp_replicate_size "$nodes"); fi
-    export -f on_node wait_for report_failure
+    export -f on_node interface_to wait_for report_failure
+    # srun would take these as its own options, which a job or a step has left in the shell that you submit from.
+    unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPU_BIND SLURM_GPUS SLURM_GPUS_PER_{NODE,SOCKET,TASK}
+    unset SLURM_NTASKS_PER_{CORE,GPU,SOCKET}
     # A process group of its own: Slurm then signals this shell alone. srun would kill what is to write a checkpoint.
     set -m
-    srun --kill-on-bad-exit=1 --wait=60 --label bash -c 'on_node "$@"' on_node \
-        "${words[@]}" "${more[@]}" "$recipe" "${flags[@]}" </dev/null &
+    srun --export=ALL "${tasks[@]}" --kill-on-bad-exit=1 --wait=60 --label bash -c 'on_node "$@"' on_node \
+        "$address" "${hosts[-1]}" "${words[@]}" "${more[@]}" "$recipe" "${flags[@]}" </dev/null &
     step=$!
     set +m
     wait_for "$step"
@@ -240,9 +259,15 @@ PYTHON
 
 # On each node, once: the launcher of its processes. SLURM_NODEID must be read here, or every node is the first.
 on_node() {
-    local trapped launcher logs status=0
+    local trapped launcher logs interface status=0
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
     trap 'trapped=1; trap "trapped=1" TERM; kill -TERM "$launcher"' TERM
+    # Three groups of n gloo processes take 3 (n + 3) descriptors of each.
+    ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
+    if [[ -z ${GLOO_SOCKET_IFNAME:-} ]] && interface=$(interface_to "$1" "$2"); then
+        export GLOO_SOCKET_IFNAME=$interface
+    fi
+    shift 2
     # What the processes print goes by files of the node: a quota that is full costs no run its words.
     logs=$(mktemp -d -p /tmp recipes-XXXXXX 2>/dev/null) || logs=$(mktemp -d -p "$RECIPES_JOB_FOLDER" log-XXXXXX)
     # In a group of its own too, and told once: Slurm repeats SIGTERM, and the second one ends a launcher that waits for
@@ -262,6 +287,30 @@ on_node() {
     # srun ends the other nodes with this one: leave them the time to say what they know.
     if ((status && SLURM_JOB_NUM_NODES > 1)); then sleep 5; fi
     return "$status"
+}
+
+# The interface on the way to the first node; from the first node itself, where its name may stand for the loopback, to
+# the last one. gloo would take the one of the node's own name, which may lead nowhere.
+interface_to() {
+    python -S -c 'import fcntl, socket, struct, sys
+SIOCGIFADDR = 0x8915
+for address in sys.argv[1:]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 1))
+        except OSError:
+            continue
+        own = probe.getsockname()[0]
+        if own.startswith("127.") and not address.startswith("127."):
+            continue
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue
+            if socket.inet_ntoa(found[20:24]) == own:
+                sys.exit(print(name))
+sys.exit(1)' "$@"
 }
 
 # From torchrun's report, into died-RANK.txt: its first process that failed, by which status, and its last words.
@@ -337,7 +386,7 @@ requeue() {
 
 # False where a node of the job is lost, before Slurm itself has noticed.
 nodes_answer() {
-    timeout 60 srun --overlap --quiet true </dev/null 2>/dev/null
+    timeout 60 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --overlap --quiet true </dev/null 2>/dev/null
 }
 
 # The last lines of the log: what came first. A process that was killed leaves its peers with an error about their

@@ -12,6 +12,9 @@ main() {
     export RECIPES_ROOT
     read_words "$@"
     [[ -f $RECIPES_ROOT/slurm/$machine.slurm ]] || fail "no machine $machine. There are: $(machines)."
+    # shellcheck source=environment.sh
+    source "$RECIPES_ROOT/slurm/environment.sh"
+    use_active_environment || true
     command -v python >/dev/null || fail "no python to check the job with. Load a module, or activate your environment."
     # The log is named after the job: no blanks.
     local name="${recipe##*/}"

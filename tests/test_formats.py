@@ -292,7 +292,6 @@ def test_threads_read_of_more_shards_than_may_be_open(tmp_path, monkeypatch):
         read = list(threads.map(images.__getitem__, draws))
     assert all(data == number.to_bytes(1) * 5000 for data, number in zip(read, draws, strict=True))
     assert len(images.files) <= 3 + 8
-    assert storage.limits()[0] >= 4 * 641 or storage.limits()[1] < 4 * 641  # ImageNet's shards may all be open
 
 
 # Torn data

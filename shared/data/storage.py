@@ -2,11 +2,11 @@
 """Where images lie, each read at random by its number: in memory, in files, in tar shards, in a parquet table."""
 
 import os
-import resource
 from typing import Protocol
 
 import numpy as np
 
+from ..accelerator import raise_open_files
 from .index import Index
 
 OPEN_FILES = 4096  # that a process asks for: ImageNet has 641 shards, and many systems give 1,024 unless asked
@@ -70,17 +70,9 @@ class Descriptor:
 
 
 def open_shards() -> int:
-    """How many shards one source keeps open: a quarter of the files that this process may open, after it asked for
-    more, for there are a training and a held-out part, and other things."""
-    soft, hard = (OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in limits())
-    if soft < min(OPEN_FILES, hard):
-        soft = min(OPEN_FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits()[1]))
-    return max(1, min(OPEN_FILES, soft) // 4)
-
-
-def limits() -> tuple[int, int]:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Return how many shards one source keeps open: a quarter of the files that this process may open, for there are a
+    training and a held-out part, and other things."""
+    return max(1, raise_open_files(OPEN_FILES) // 4)
 
 
 class Members:
