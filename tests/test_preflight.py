@@ -439,6 +439,9 @@ def test_caches_in_a_small_home_are_refused_where_there_is_room_elsewhere(run, m
     for name, folder in (remedy.split("=") for remedy in remedies):
         assert f"{name}=${{{name}:-{folder}}}" in launch  # the folder that the job takes
     monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "home/ops"))
+    assert any("TORCH_EXTENSIONS_DIR lies in $HOME" in line for line in run(command).errors)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.delenv("SCRATCH")
     assert "HF_HOME, TRITON_CACHE_DIR lie in $HOME" in run(command).errors[0]
     monkeypatch.delenv("WORK")

@@ -518,9 +518,12 @@ def caches(plan: Plan) -> Iterator[str]:
         "TRITON_CACHE_DIR": given("TRITON_CACHE_DIR") or given("SCRATCH") or given("TRITON_HOME") or home / ".triton",
     }
     inside = [name for name, place in places.items() if Path(place).resolve().is_relative_to(home.resolve())]
+    built = given("TORCH_EXTENSIONS_DIR")  # else slurm/launch.sh gives each kind of machine and environment its own
     first = {"HF_HOME": "WORK", "TORCH_HOME": "WORK", "TRITON_CACHE_DIR": "SCRATCH"}
     names = {"HF_HOME": "huggingface", "TORCH_HOME": "torch", "TRITON_CACHE_DIR": "triton"}  # as in slurm/launch.sh
     elsewhere = [name for name in ("WORK", "SCRATCH") if given(name)]
+    if built and elsewhere and Path(built).resolve().is_relative_to(home.resolve()):
+        yield "TORCH_EXTENSIONS_DIR lies in $HOME, which holds 3 GB. Unset it: slurm/launch.sh places it."
     if inside and elsewhere:
         folders = {name: first[name] if first[name] in elsewhere else elsewhere[0] for name in inside}
         exports = " ".join(f"{name}=${folder}/.cache/{names[name]}" for name, folder in folders.items())

@@ -26,12 +26,15 @@ OPTIONS = ["--account=project@h100", "--time=30"]
 
 # Into a copy of vit.py: what a process sees, a pace that a test sets while it runs, and a failure.
 HEAD = """
-import os, pathlib, time
+import os, pathlib, resource, time
 seen = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURMD_NODENAME", "WANDB_MODE")]
 print(" ".join(map(str, ["process", *seen])))  # in one write: torchrun puts its prefix before each
 others = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
 others = [os.environ.get(name) for name in (*others, "TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "MASTER_ADDR")]
 print(" ".join(map(str, ["others", *others])))
+more = ("SLURM_NTASKS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "SLURM_CPU_BIND", "TORCH_EXTENSIONS_DIR")
+more = [*map(os.environ.get, more), resource.getrlimit(resource.RLIMIT_NOFILE)]
+print(" ".join(map(str, ["more", *more])))
 if seen[0] == os.environ.get("FAIL_EARLY", "none"):
     import no_such_library
 
@@ -135,17 +138,41 @@ def limited(cluster, tmp_path_factory) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(job=job, status=pool.submit(end_the_pause))
 
 
+# What an interactive job, or a step of it, leaves in its shell; and what sbatch was told of tasks.
+LEFT = {
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_NTASKS": "5",
+    "SLURM_CPU_BIND": "mask_cpu:0x1",
+    "SLURM_GPU_BIND": "map_gpu:1",
+}
+LEFT |= {"SLURM_GPUS_PER_NODE": "1", "SLURM_JOB_END_TIME": "1000000000"}
+TASKS = ["--ntasks-per-node=4", "--cpus-per-task=24"]
+
+
+def two_pythons(folder: Path) -> dict[str, str]:
+    """An environment that is active, and a module that was loaded after it, whose python stands before its own."""
+    for name, line in (("venv", f'exec {sys.executable} "$@"'), ("module", "echo the python of the module; exit 3")):
+        (folder / name / "bin").mkdir(parents=True)
+        (folder / name / "bin/python").write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name / "bin/python").chmod(0o755)
+    left = {"VIRTUAL_ENV": f"{folder}/venv", "LOADEDMODULES": "arch/h100:pytorch-gpu/py3/2.8.0"}
+    return left | {
+        "BASH_FUNC_module%%": '() { echo "module $*"; }',
+        "PATH": f"{folder}/module/bin:{os.environ['PATH']}",
+    }
+
+
 @pytest.fixture(scope="module")
 def topologies(cluster, tmp_path_factory, limited) -> SimpleNamespace:
     """The same training on one node of two processes, by plain sbatch; on two nodes with the port taken; on four
     nodes by submit.sh."""
-    jobs = Jobs(cluster, tmp_path_factory.mktemp("topologies"))
-    two = jobs.submit("2 nodes", "--hold", "--nodes=2")
+    jobs, pythons = Jobs(cluster, tmp_path_factory.mktemp("topologies")), tmp_path_factory.mktemp("pythons")
+    two = jobs.submit("2 nodes", "--hold", "--nodes=2", *TASKS, **LEFT)
     with socket.socket() as taken:
         taken.bind(("", port := 10000 + two.number % 20000))
         taken.listen()
         cluster.output("scontrol", "release", str(two.number))
-        one = jobs.submit("1 nodes", RECIPES_PROCESSES_PER_NODE="2", RECIPES_PREFLIGHT="")
+        one = jobs.submit("1 nodes", RECIPES_PROCESSES_PER_NODE="2", RECIPES_PREFLIGHT="", **two_pythons(pythons))
         submit = [ROOT / "slurm/submit.sh", "h100", "ddp", *OPTIONS, "--nodes=4", "--", jobs.recipe.name]
         four = cluster.sbatch(*submit, *jobs.flags("4 nodes"), cwd=jobs.folder, **jobs.variables)
         two.wait_completed()
@@ -176,13 +203,31 @@ def test_ranks_follow_the_nodes(topologies, nodes):
         assert log.count(line) == 1, log
 
 
+def test_one_launcher_a_node_whatever_the_shell_has_left(topologies):
+    """With all GPUs of the node and a gloo interface that leads to the first node; the soft limit is the hard one."""
+    lines = re.findall(r":more (\S+) (\S+) (\S+) (.*) \S+ \((\d+), (\d+)\)", topologies.of[2].log)
+    assert [line[:3] for line in lines] == [("2", "0,1,2,3", "lo")] * 2, lines
+    assert not any("0x1" in bound for *_, bound, soft, hard in lines)
+    assert all(soft == hard for *_, soft, hard in lines)
+
+
+def test_the_active_environment_runs_whatever_module_is_loaded(topologies):
+    log = topologies.of[1].log
+    assert re.search(r"^python: \S+/venv/bin/python$", log, re.M)
+    assert "module " not in log
+    assert "the python of the module" not in log
+
+
 def test_taken_port_is_passed_over(topologies):
     launcher = topologies.jobs.result("2 nodes").config["launcher"]
     assert launcher["MASTER_PORT"] == str(topologies.port + 101)
 
 
 def test_hsdp_shards_inside_a_node(jobs, local):
-    jobs.submit("hsdp", "--nodes=2", strategy="hsdp", RECIPES_PROCESSES_PER_NODE="2").wait_completed()
+    own = {"HF_HUB_OFFLINE": "0", "WANDB_MODE": "disabled", "TORCH_EXTENSIONS_DIR": "/my ops"}
+    job = jobs.submit("hsdp", "--nodes=2", strategy="hsdp", RECIPES_PROCESSES_PER_NODE="2", **own).wait_completed()
+    # What the user has set stays.
+    assert job.log.count(" disabled\n") == job.log.count(":others 0 0 ") == job.log.count(" /my ops (") == 4
     config = jobs.result("hsdp").config
     assert config["strategy"] == "hsdp"
     assert config["launcher"]["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
@@ -404,6 +449,9 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
     caches = [tmp_path / name for name in ("work/.cache/huggingface", "work/.cache/torch")]
     caches += [tmp_path / name for name in ("scratch/.cache/triton", "scratch/.cache/inductor", "jobscratch")]
     assert " ".join(["others 1 1", *map(str, caches), "127.0.0.1"]) in log
+    assert re.search(
+        rf":more .* {re.escape(str(tmp_path))}/scratch/.cache/torch_extensions/h100-torch\d\S+-\w{{8}} ", log
+    )
     assert jobs.result("plain").summary["status"] == "finished"
     assert jobs.result("plain").config["identity"]["mixed_precision"] == "bf16"
     assert list((tmp_path / "jobscratch").iterdir()) == []
@@ -558,7 +606,7 @@ def alone(tmp_path) -> Callable[..., str]:
     return run
 
 
-MODULE = 'module() { echo "module $*"; }; '
+MODULE = 'module() { if [[ $1 == show ]]; then echo "${SHOWN:-}" >&2; else echo "module $*"; fi; }; '
 
 
 def test_a_lost_node_requeues_a_job_twice_and_no_more(alone):
@@ -604,13 +652,22 @@ def test_a_signal_before_the_trap_is_heeded_in_a_long_job(alone, tmp_path):
 def test_an_active_environment_wins_over_the_module(alone, tmp_path):
     loaded = "module purge\nmodule load arch/h100 pytorch-gpu/py3/2.8.0\n"
     assert alone().startswith(loaded)
-    assert alone(VIRTUAL_ENV=str(tmp_path)).startswith(loaded)  # without accelerate: conda's base, say
-    (tmp_path / "bin/accelerate").write_text("#!/bin/bash\n")
-    (tmp_path / "bin/accelerate").chmod(0o755)
+    own = tmp_path / "own/bin/python"
+    own.parent.mkdir(parents=True)
+    own.symlink_to("/bin/false")
+    assert alone(VIRTUAL_ENV=str(tmp_path / "own")).startswith(loaded)  # without accelerate: conda's base, say
+    own.unlink()
+    own.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    own.chmod(0o755)
+    words = ["ddp", str(ROOT / "recipes/vit.py")]
+    modules = {"LOADEDMODULES": "a/1:pytorch-gpu/py3/2.8.0"}  # of the login shell, perhaps for other GPUs
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
-        assert "module" not in alone(**{name: str(tmp_path)})
-    # The login shell's module is such an environment too, of other GPUs perhaps.
-    assert alone(CONDA_PREFIX=str(tmp_path), LOADEDMODULES="a/1:pytorch-gpu/py3/2.8.0").startswith(loaded)
+        for more in ({}, modules):
+            assert alone(*words, **{name: str(tmp_path / "own")}, **more).startswith(f"python: {own}\n")
+    # A module may be such an environment itself.
+    shown = {"CONDA_PREFIX": str(tmp_path / "own"), "SHOWN": f"prepend-path PATH {own.parent}"}
+    assert alone(**shown, **modules).startswith(loaded)
+    assert "module" not in alone(**shown, **modules, VIRTUAL_ENV=str(tmp_path / "own"))
     assert "module" not in alone(RECIPES_MODULES="")
     assert alone(RECIPES_MODULES="one two").startswith("module purge\nmodule load one two\n")
 
