@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -14,6 +15,7 @@ from conftest import ROOT, environment
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from shared.config import RunConfig, UserError, parse
+from shared.data.index import cache_folder
 from shared.launch import LAUNCH, settle_variables
 from shared.process import expand_home
 
@@ -118,6 +120,19 @@ def test_a_tilde_is_the_home_folder_in_every_form(monkeypatch):
 def test_a_path_that_is_no_text_is_refused():
     with pytest.raises(UserError, match=r"^--data=caf\\udce9 is not UTF-8\. Rename it"):
         expand_home(["--data=caf\udce9"])
+
+
+def test_a_user_without_a_home_has_a_cache_of_his_own(monkeypatch, tmp_path):
+    for name in ("SCRATCH", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "~")  # as expanduser answers where there is none
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder().parent
+    assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    if os.getuid() == 0:
+        os.chown(folder, 1, 1)
+        with pytest.raises(UserError, match="is another user's. Let HOME or SCRATCH"):
+            cache_folder()
 
 
 DRAWS = """

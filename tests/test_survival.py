@@ -207,12 +207,14 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(server: Server, runs, 
 
 
 def test_a_real_launcher_and_its_group_pass_signals_on(runs, data, whole):
-    """torchrun's agent: SIGTERM to it alone, then SIGINT to its whole process group, as Ctrl-C sends it."""
+    """torchrun's agent: SIGTERM to it alone, then SIGINT to its whole process group, as Ctrl-C sends it, on two
+    processes and on one. Without a launcher that is status 0; torchrun makes it 1."""
     folder = runs / "real"
-    command = [*launch_command(num_processes=2), str(VIT_RECIPE), "--output_dir", str(folder), *data, *VIT]
-    command += ["--epochs", "30"]
-    for number, send in ((signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)):
-        output = runs / f"real-{number}.txt"
+    flags = [str(VIT_RECIPE), "--output_dir", str(folder), *data, *VIT, "--epochs", "30"]
+    ways = ((2, signal.SIGTERM, os.kill), (2, signal.SIGINT, os.killpg), (1, signal.SIGINT, os.killpg))
+    for processes, number, send in (*ways, (0, signal.SIGINT, os.killpg)):
+        command = [*launch_command(num_processes=processes), *flags] if processes else flags
+        output = runs / f"real-{processes}-{number}.txt"
         with open(output, "w") as out:
             pipes = {"stdout": out, "stderr": out, "start_new_session": True}
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), **pipes)
@@ -226,7 +228,11 @@ def test_a_real_launcher_and_its_group_pass_signals_on(runs, data, whole):
         newest = checkpoints(folder / "checkpoints")[-1]
         assert newest.name == f"step-{summary['steps']:08d}"
         assert damage(newest) is None
-        assert "Traceback" not in output.read_text() or "SignalException" in output.read_text()
+        assert process.returncode == (1 if processes else 0)
+        text = output.read_text()
+        assert text.count("The same command goes on from there.") == 1
+        assert text.count("Traceback") == (1 if processes else 0)
+        assert f"got signal: {number:d}" in text.splitlines()[-1] or not processes
 
 
 ORPHAN = """

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -100,8 +101,11 @@ def _as_bytes(names: np.ndarray) -> np.ndarray:
 def cache_folder() -> Path:
     """Of this collection: in `$SCRATCH`, else the user's."""
     home = os.environ.get("SCRATCH") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
-        raise UserError("this user has no home folder. Let HOME or SCRATCH name a folder, for lists of images.")
+    if home.startswith("~"):  # a user of a container, say, who is in no passwd
+        home = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+        os.makedirs(home, mode=0o700, exist_ok=True)
+        if os.lstat(home).st_uid != os.getuid():
+            raise UserError(f"{home} is another user's. Let HOME or SCRATCH name a folder of yours.")
     return Path(home) / "dlojz-recipes"
 
 
