@@ -26,7 +26,7 @@ def script(code: str, redirections: str = "", **variables: str) -> subprocess.Co
     """Of a program that begins as all of ours do, by a shell that redirects its streams."""
     words = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirections}']
     words += [sys.executable, BEGIN + code, str(ROOT)]
-    return subprocess.run(words, env=environment(**variables), capture_output=True, text=True, timeout=60)
+    return subprocess.run(words, env=environment(**variables), capture_output=True, text=True, timeout=300)
 
 
 # Streams
@@ -131,7 +131,7 @@ def test_a_user_without_a_home_has_a_cache_of_his_own(monkeypatch, tmp_path):
     assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
     if os.getuid() == 0:
         os.chown(folder, 1, 1)
-        with pytest.raises(UserError, match="is another user's. Let HOME or SCRATCH"):
+        with pytest.raises(UserError, match=r"is another user's\. Let HOME or SCRATCH"):
             cache_folder()
 
 
