@@ -149,10 +149,10 @@ ROOMS = {
     ),
     "checkpoint": (900, "checkpoint tensor_files"),
     "images": (
-        2450,
-        "data/__init__ crop_jpeg decode description index listing loaders native shards sources storage tables tree "
-        "views",
+        2100,
+        "data/__init__ decode description index listing loaders shards sources storage tables tree views",
     ),
+    "images, the C decoder": (450, "crop_jpeg native"),
     "models": (500, "vit"),
     "parts of one recipe": (250, "pipeline data/streams"),
 }
