@@ -8,8 +8,8 @@
 
 Each rung adds to the former: fp32, tf32, amp (bf16; fp16 with a scaler before Ampere), channels_last, compile. Each is
 measured at rising batch sizes until memory runs out. The network, the optimizer and the loss are those of
-recipes/resnet.py (all rungs) or recipes/vit.py (amp, and compile by block); random uint8 images lie on the device and
-are normalised there in every step, as shared/data/loaders.py does it: no input pipeline. Writes
+recipes/resnet.py or recipes/vit.py (no channels_last; compile by block); random uint8 images lie on the device and are
+normalised there in every step, as shared/data/loaders.py does it: no input pipeline. Writes
 benchmarks/results/throughput_<hardware>_<date>.json.
 """
 
@@ -68,13 +68,15 @@ def rungs_of(name: str, image_size: int, rungs: list[str]) -> list[str]:
     """Layout means nothing to a ViT's products; and one image size, which its patches tile, is enough."""
     if name in RESNETS:
         return rungs
-    return [rung for rung in rungs if rung in ("amp", "compile") and image_size == 224]
+    return [rung for rung in rungs if rung != "channels_last" and image_size == 224]
 
 
 def build_step(name: str, rung: str, image_size: int, batch_size: int) -> Callable[[], Tensor]:
     """A function that trains one step on the next of the resident batches, and returns the loss."""
     height = RUNGS.index(rung)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = height >= RUNGS.index("tf32")
+    # As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does for a recipe; a recipe's convolutions are in tf32 without it too.
+    torch.set_float32_matmul_precision("high" if height >= RUNGS.index("tf32") else "highest")
+    torch.backends.cudnn.allow_tf32 = height >= RUNGS.index("tf32")
     torch.backends.cudnn.benchmark = True
     by_channels = height >= RUNGS.index("channels_last") and name in RESNETS
     layout = torch.channels_last if by_channels else torch.contiguous_format

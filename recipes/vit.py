@@ -17,10 +17,11 @@ Base: resnet.py. Changes: build_loaders, build_model, build_optimizer, paralleli
     $L/local_hsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \\
         --num_processes 32 --parallelism_config_dp_replicate_size 4 recipes/vit.py --model G   # on each of four nodes
 
-ImageNet (command not yet run), after big_vision's ViT-S/16 of 76.5 % in 90 epochs, less its augmentations: --data
-$DSDIR/imagenet/RawImages --model S --patch_size 16 --image_size 224 --min_crop_area 0.05 --horizontal_flip
+ImageNet (command not yet run), after big_vision's ViT-S/16 of 76.5 % in 90 epochs, less its RandAugment and MixUp, and
+with a class token, learned positions and a linear head in the place of average pooling, sines and a hidden layer:
+--data $DSDIR/imagenet/RawImages --model S --patch_size 16 --image_size 224 --min_crop_area 0.05 --horizontal_flip
 --eval_crop_ratio 0.875 --epochs 90 --global_batch_size 1024 --learning_rate 1e-3 --warmup_epochs 8 --weight_decay 0.1
---compile, with --mixed_precision bf16 for the launcher.
+--label_smoothing 0 --compile, with --mixed_precision bf16 for the launcher.
 
 When: ddp as long as weights, gradients and Adam's state fit, 16 bytes a parameter (ViT-B: 1,321 MiB). On 4 processes
 fsdp leaves 332 MiB of them, hsdp 2x2 662, zero2 671, zero3 413 (benchmarks/results/memory_cpu2_2026-11-26.json).

@@ -80,6 +80,8 @@ class Run:
         self.identity |= {"training_images": len(train_loader.dataset), "held_out_images": len(eval_loader.dataset)}
         self.identity["class_names"] = classes
         self.identity["data_fingerprint"] = on_main_process(accelerator, _fingerprint, sources)
+        if torch.get_float32_matmul_precision() != "highest":  # tf32, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
+            self.identity["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         self.identity["source"], self.shared_source = recipe_source(), shared_source()
         self.epoch_steps, self.total_steps = epoch_steps, epoch_steps * config.epochs
         self.last_step = min(self.total_steps, run_config.max_steps or self.total_steps)
@@ -198,6 +200,7 @@ class Run:
             "data_parallel_size": data_parallel(accelerator)[1],
             "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
             "threads": torch.get_num_threads(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "decoder": decoder(),
             "steps_per_epoch": self.epoch_steps,
             "classes": classes,

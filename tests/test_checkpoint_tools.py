@@ -251,7 +251,7 @@ def test_no_checkpoint_and_none_that_is_whole(damaged, tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(server, fsdp, damaged, tmp_path):
-    """Data gone is found late, by the recipe: nothing of the attempt stays."""
+    """Data gone is found before anything is written."""
     run = shutil.copytree(fsdp.folder, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["identity"]["data"] = str(tmp_path / "gone")
@@ -268,18 +268,50 @@ def test_what_cannot_be_exported_is_refused_in_one_line(server, fsdp, damaged, t
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             exporter.refuse(run_folder, out)
+    with pytest.raises(UserError, match="--images -1 is no number of images"):
+        exporter.refuse(run, tmp_path / "weights", -1)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: there is no GPU here"):
+            exporter.refuse(run, tmp_path / "weights", 0, "cuda")
 
 
-def test_another_accuracy_is_an_error(capsys):
-    result = {"accuracy": 0.9, "eval_loss": 0.3, "eval_samples": 1000}
-    path = Path("step-00000004")
-    exporter.compare(result, 0.904, path)
-    exporter.compare(result | {"eval_samples": 50}, 0.92, path)  # one image
-    assert "accuracy" in capsys.readouterr().out
-    exporter.compare(result, None, path)
-    assert "evaluated as written: accuracy 90.00%" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"90\.00% here and had 90\.60% in the run\. .+"):
-        exporter.compare(result, 0.906, path)
+def test_an_accuracy_is_compared_to_the_runs(capsys):
+    result, path = {"accuracy": 0.9, "eval_loss": 0.3, "eval_samples": 1000}, Path("step-00000004")
+    assert exporter.compare(result, 0.904, path, 1000, 1000)
+    assert not exporter.compare(result, 0.906, path, 1000, 1000)
+    assert exporter.compare(result, 0.92, path, 50, 50)  # one image
+    assert not exporter.compare(result, 0.93, path, 50, 50)
+    # Of a part: 4 x sqrt(0.935 x 0.065 / 1000 x 49000 / 49999) = 0.0309, and 0.005.
+    assert exporter.compare(result, 0.934, path, 1000, 50_000)
+    assert not exporter.compare(result, 0.936, path, 1000, 50_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "evaluated as written: accuracy 90.00%, eval loss 0.3000, 1000 images"
+    assert lines[-2] == lines[0] + " of 50000"
+    assert exporter.compare(result, None, path, 1000, 1000) is None
+
+
+def test_a_check_that_fails_leaves_the_weights_and_says_which_not_to_trust(server, fsdp, tmp_path):
+    """A run whose record holds another accuracy; the data that it names is gone, and given again."""
+    run = shutil.copytree(fsdp.folder, tmp_path / "run")
+    manifest = run / "checkpoints/step-00000004/manifest.json"
+    manifest.write_text(json.dumps(read_manifest(manifest.parent) | {"accuracy": 1.0}))
+    config = json.loads((run / "config.json").read_text())
+    config["identity"]["data"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    words = [ROOT / "tools/export.py", run]
+    process = python(*words, tmp_path / "weights", "--data", "digits", "--images", "100", server=server)
+    out = tmp_path / "weights"
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("error: the weights have the accuracy ")
+    assert f" and had 100.00% in the run: do not trust {out}/config.json and {out}/" in process.stderr.splitlines()[-1]
+    check_vit(out, fsdp)
+    check = json.loads((out / "check.json").read_text())
+    assert (check["agrees"], check["eval_samples"], check["held_out_images"]) == (False, 100, 360)
+    assert 0 < check["accuracy"] < 0.9
+    assert f"written: {out}" in process.stdout.splitlines()
+    exporter.main(exporter.parse([str(run), str(tmp_path / "unchecked"), "--no_check"]))  # without its data
+    check_vit(tmp_path / "unchecked", fsdp)
+    assert not (tmp_path / "unchecked/check.json").exists()
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):

@@ -3,20 +3,24 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, Result, train
+from conftest import ROOT, Result, environment, train
 from PIL import Image
 
 from shared.data import Source, open_data
 from shared.data.description import describe
 from shared.data.storage import Files, Pixels
 
-PAUSE = 3  # seconds
+FLAGS = ["--epochs", "2", "--global_batch_size", "256", "--image_size", "16", "--logging_steps", "3"]
+FLAGS += ["--report_to", "none", "--num_workers", "1"]
+PAUSE = 2  # seconds
 # resnet.py with a slow start and slow evaluations, whose standard error is a terminal; what it shows goes to a file.
 SLOW = f"""
 import os, sys, termios, threading, time
@@ -48,9 +52,7 @@ time.sleep(0.5)
 def slow(server, tmp_path_factory) -> Result:
     folder = tmp_path_factory.mktemp("output")
     (folder / "slow.py").write_text(SLOW)
-    flags = ["--epochs", "2", "--global_batch_size", "256", "--image_size", "16", "--logging_steps", "3"]
-    flags += ["--report_to", "none", "--num_workers", "1"]
-    return train(folder / "run", *flags, recipe=folder / "slow.py", server=server)
+    return train(folder / "run", *FLAGS, recipe=folder / "slow.py", server=server)
 
 
 def test_the_first_lines_say_what_is_trained_on(slow):
@@ -67,7 +69,7 @@ def test_the_first_lines_say_what_is_trained_on(slow):
 
 
 def test_the_rate_is_of_training_without_the_start_and_the_evaluations(slow):
-    """Eight or nine steps of 256 images, in less than the whole time without a start and two evaluations of 3 s."""
+    """Nine steps of 256 images, in less than the whole time without a start and two evaluations of 2 s."""
     summary, rates = slow.summary, slow.series("samples_per_second")
     assert (9 * 256) / summary["samples_per_second"] < summary["seconds"] - 3 * PAUSE
     assert [line["step"] for line in slow.lines if "loss" in line] == [3, 6, 9, 10]
@@ -82,6 +84,17 @@ def test_the_bar_ends_with_the_accuracy_of_the_summary(slow):
     assert accuracies[-1] == f"{slow.summary['accuracy']:.2%}"
     assert slow.series("accuracy")[0] != slow.summary["accuracy"]
     assert "10/10" in shown
+
+
+def test_tf32_by_torchs_own_switch_is_recorded_and_another_run(slow):
+    """A new interpreter: torch reads its variable once."""
+    assert slow.config["float32_matmul_precision"] == "highest"
+    assert "float32_matmul_precision" not in slow.config["identity"]
+    command = [sys.executable, "recipes/resnet.py", "--output_dir", slow.folder, *FLAGS]
+    tf32 = environment(TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1")
+    process = subprocess.run(command, cwd=ROOT, env=tf32, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1
+    assert "float32_matmul_precision was None, is high" in process.stderr.splitlines()[-1]
 
 
 # The description

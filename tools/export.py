@@ -6,8 +6,9 @@
 
 A ViT becomes a folder for transformers: `ViTForImageClassification.from_pretrained("weights")`, or a recipe's
 `--pretrained weights`. Any other network becomes model.safetensors, beside a config.json with the recipe's
-configuration and the classes. What was written is read again and evaluated on the run's held-out images, in fp32 on
-one CPU process, with what the run's own recipe builds; the accuracy must be the checkpoint's.
+configuration and the classes. The folder is there as soon as it is complete. Then it is read again and evaluated on
+the run's held-out images, or --images of them, in fp32 by one process, with what the run's own recipe builds; the
+accuracy must be the checkpoint's. The result is in check.json beside the weights: without it they are not checked.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,7 +33,9 @@ from transformers.utils import logging
 
 import shared
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
+from shared.locks import complete
 from shared.process import UserError, begin, expand_home
+from shared.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
@@ -42,26 +46,31 @@ LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "RANK", "WORLD_SIZE",
 
 def main(arguments: argparse.Namespace) -> None:
     run_folder, out = arguments.run_folder, arguments.out
-    refuse(run_folder, out)
+    refuse(run_folder, out, arguments.images, arguments.device)
     checkpoint = choose(run_folder / "checkpoints", arguments.checkpoint)
     print(f"from {checkpoint}", flush=True)
     run = json.loads((run_folder / "config.json").read_text())
     run["run_config"]["data"] = arguments.data or run["identity"]["data"]  # whole, not relative to the run's start
     run["config"] |= {"pretrained": arguments.pretrained} if arguments.pretrained else {}
     recipe = load_recipe(find_recipe(run))
-    with beside(out) as folder:
-        with as_user_errors(recipe):
-            config = recipe_config(recipe, run)
-            accelerator, loader = held_out(recipe, run, config)
-            network = write(folder, recipe, run, config, read_weights(checkpoint), loader)
-            result = evaluate(recipe, accelerator, network(), loader)
-        make_readable(folder)
-        compare(result, read_manifest(checkpoint).get("accuracy"), checkpoint)
-    print(f"written: {out}")
+    with as_user_errors(recipe):
+        config = recipe_config(recipe, run)
+        # First: where the data is gone, nothing is written.
+        opened = None if arguments.no_check else held_out(recipe, run, config, arguments.device)
+        with beside(out) as folder:
+            network = write(folder, recipe, run, config, read_weights(checkpoint))
+            make_readable(folder)
+    print(f"written: {out}", flush=True)
+    if opened:
+        prove(recipe, *opened, network, checkpoint, arguments)
 
 
-def refuse(run_folder: Path, out: Path) -> None:
+def refuse(run_folder: Path, out: Path, images: int = 0, device: str = "cpu") -> None:
     """Before anything is read: raises UserError."""
+    if images < 0:
+        raise UserError(f"--images {images} is no number of images. Give 1 or more, or leave it out for all.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here. Leave it out, or give --device cpu.")
     if not (run_folder / "config.json").is_file():
         raise UserError(
             f"{run_folder} is no run: it has no config.json. Give the folder that the recipe printed first."
@@ -91,14 +100,10 @@ def choose(folder: Path, name: str | None) -> Path:
 @contextlib.contextmanager
 def beside(out: Path) -> Iterator[Path]:
     """A folder that gets the name `out` at the end, or is removed."""
-    folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, as Ctrl-C is, so that it is removed
-    try:
+    with complete(out) as folder:
         folder.mkdir()
         yield folder
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # The run's own recipe
@@ -155,12 +160,13 @@ def fields(kind: type, values: dict) -> dict:
     return {name: value for name, value in values.items() if name in names}
 
 
-def held_out(recipe: ModuleType, run: dict, config):
-    """An Accelerator of one CPU process, and the recipe's loader of the held-out images."""
+def held_out(recipe: ModuleType, run: dict, config, device: str) -> tuple:
+    """An Accelerator of one process on the device, in fp32, and the recipe's loader of the held-out images."""
     for name in [name for name in os.environ if name.startswith(LAUNCHER)]:
         del os.environ[name]
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    run_config = known(recipe.RunConfig, run["run_config"] | {"num_workers": 0, "report_to": "none"})
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    torch.backends.cudnn.allow_tf32 = False
+    run_config = known(recipe.RunConfig, run["run_config"] | {"report_to": "none"})
     # Without the sizes of a split, for which it would make a process group of one.
     asked = SimpleNamespace(**{name: value for name, value in vars(config).items() if name not in ALONE})
     accelerator = recipe.build_accelerator(run_config.seed, asked)
@@ -171,20 +177,27 @@ def held_out(recipe: ModuleType, run: dict, config):
 
 
 def write(
-    folder: Path, recipe: ModuleType, run: dict, config, weights: dict[str, Tensor], loader
-) -> Callable[[], torch.nn.Module]:
-    """Fill the folder; returns what reads the network from it."""
-    mean, std = ((values.flatten() / 255).tolist() for values in (loader.mean, loader.std))
+    folder: Path, recipe: ModuleType, run: dict, config, weights: dict[str, Tensor]
+) -> Callable[[Path], torch.nn.Module]:
+    """Fill the folder; returns what reads the network from it, wherever it lies by then."""
+    mean, std = ([value / 255 for value in values] for values in pixel_statistics(recipe, config))
     if any(name.startswith("vit.embeddings.") for name in weights):
         write_vit(folder, vit_config(recipe, config, run["classes"]), weights)
         size = {"height": config.image_size, "width": config.image_size}
         ViTImageProcessor(size=size, image_mean=mean, image_std=std).save_pretrained(folder)
-        return lambda: ViTLogits.from_pretrained(folder)
+        return ViTLogits.from_pretrained
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     classes = {"num_classes": len(run["classes"]), "classes": run["classes"]}
     values = {"recipe": recipe.__name__} | run["config"] | classes | {"image_mean": mean, "image_std": std}
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-    return lambda: read(folder, recipe, config)
+    return lambda folder: read(folder, recipe, config)
+
+
+def pixel_statistics(recipe: ModuleType, config) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, of [0, 255], by which the recipe's loaders normalise."""
+    own = getattr(config, "pretrained", "") and recipe.pixel_statistics(recipe.find_pretrained(config.pretrained))
+    loaders = sys.modules[recipe.Loader.__module__]
+    return own or (loaders.MEAN, loaders.STD)
 
 
 def write_vit(folder: Path, network: ViTConfig, weights: dict[str, Tensor]) -> None:
@@ -239,29 +252,58 @@ class ViTLogits(ViTForImageClassification):
         return super().forward(pixel_values=images).logits
 
 
-def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader) -> dict[str, float]:
-    """Top-1 accuracy and loss over the held-out images, each counted once, in fp32."""
-    model.float().eval()
-    evaluation = recipe.Evaluation()
+def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, arguments: argparse.Namespace) -> None:
+    """Evaluate what was written, say the result and write it beside the weights; raises UserError where it differs."""
+    out, total = arguments.out, len(loader.dataset)
+    images = min(arguments.images or total, total)
+    try:
+        with as_user_errors(recipe):
+            result = evaluate(recipe, accelerator, network(out), loader, images)
+    except UserError as error:
+        raise UserError(f"{error} {out} is complete, but not checked.") from error
+    expected = read_manifest(checkpoint).get("accuracy")
+    agrees = compare(result, expected, checkpoint, images, total)
+    record = {"checkpoint": str(checkpoint), "device": str(accelerator.device), "held_out_images": total}
+    write_json(out / "check.json", record | result | {"accuracy_of_the_run": expected, "agrees": agrees})
+    if agrees is False:
+        files = " and ".join(str(out / name) for name in ("config.json", "*.safetensors"))
+        raise UserError(
+            f"the weights have the accuracy {result['accuracy']:.2%} here and had {expected:.2%} in the run: do not "
+            f"trust {files}. Were the recipe or the data changed since? Export again with those of the run."
+        )
+
+
+def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader, images: int) -> dict[str, float]:
+    """Top-1 accuracy and loss over so many of the held-out images, evenly spaced, each counted once, in fp32."""
+    model.float().eval().to(accelerator.device)
+    total, evaluation, taken = len(loader.dataset), recipe.Evaluation(), 0
+    chosen = torch.zeros(total + 1, dtype=torch.bool)  # the last is -1, of places without an image
+    chosen[torch.linspace(0, total - 1, images).round().long()] = True
     with torch.no_grad():
         for batch in loader:
-            evaluation.add(model(batch.images), batch.labels, batch.valid)
-    return evaluation.result(accelerator, len(loader.dataset))
+            rows = slice(None) if images == total else chosen[batch.indices].nonzero()[:, 0].to(accelerator.device)
+            if len(labels := batch.labels[rows]):
+                evaluation.add(model(batch.images[rows]), labels, batch.valid[rows])
+                taken += len(labels)
+    if not taken:
+        raise UserError(f"not one of the {images} images can be decoded. Give more --images.")
+    return evaluation.result(accelerator, total if images == total else taken)
 
 
-def compare(result: dict[str, float], expected: float | None, checkpoint: Path) -> None:
-    """Raises UserError where the accuracy is not the run's. One image may always differ: a tie may be rounded."""
-    accuracy, images = result["accuracy"], result["eval_samples"]
-    print(f"evaluated as written: accuracy {accuracy:.2%}, eval loss {result['eval_loss']:.4f}, {images} images")
+def compare(
+    result: dict[str, float], expected: float | None, checkpoint: Path, images: int, total: int
+) -> bool | None:
+    """Whether the accuracy is the run's; None where the run has none. One image may always differ: a tie may be
+    rounded; and a part of the images differs from all by four standard deviations of such a draw."""
+    accuracy = result["accuracy"]
+    print(f"evaluated as written: accuracy {accuracy:.2%}, eval loss {result['eval_loss']:.4f}, ", end="")
+    print(f"{result['eval_samples']} images" + (f" of {total}" if images < total else ""))
     if expected is None:
         print(f"{checkpoint.name} is of within an epoch: the run has no accuracy of it to compare")
-        return
+        return None
     print(f"the run's own at {checkpoint.name}: accuracy {expected:.2%}")
-    if abs(accuracy - expected) > max(TOLERANCE, 1.01 / images):
-        raise UserError(
-            f"the weights have the accuracy {accuracy:.2%} here and had {expected:.2%} in the run. "
-            "Were the recipe or the data changed since? Put back those of the run."
-        )
+    chance = 4 * math.sqrt(expected * (1 - expected) / images * (total - images) / max(1, total - 1))
+    return abs(accuracy - expected) <= max(TOLERANCE, 1.01 / images) + chance
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -270,6 +312,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
     parser.add_argument("--checkpoint", metavar="step-XXXXXXXX", help="instead of the newest whole one")
     parser.add_argument("--data", help="where the run's data lies now, if it was moved")
+    parser.add_argument("--no_check", action="store_true", help="write the weights, and evaluate nothing")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate so many, evenly spaced (all)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="to evaluate on (here %(default)s)")
     parser.add_argument("--pretrained", help="where the network that the run fine-tuned lies now, likewise")
     return parser.parse_args(words)
 
