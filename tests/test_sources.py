@@ -363,6 +363,8 @@ def test_labels_of_parts_are_mapped_by_name(tmp_path, layout):
     for part, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
         table(tmp_path / "data" / layout.format(part), names)
     write(tmp_path / "data/README.md", "---\n")
+    if layout == "{}":  # what `map` leaves beside a saved table
+        shutil.copy(tmp_path / "data/test/data-00000-of-00001.arrow", tmp_path / "data/train/cache-1.arrow")
     recipe = importlib.import_module("recipes.resnet_hf_datasets")
     for parts in (open_data(str(tmp_path / "data"), 0, 0), recipe.open_data(str(tmp_path / "data"), 0, 0, 0)):
         assert all(right(part) for part in parts)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet and arrow files of Hugging Face's `datasets`: which of their columns are trained on, and their rows."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ def open_rows(files: list[Path]):
     parquet by way of the library's cache."""
     import datasets
 
+    saved = files[0].with_name("state.json")  # of save_to_disk: it lists the files, beside which caches may lie
+    if saved.exists():
+        files = [saved.with_name(file["filename"]) for file in json.loads(saved.read_text())["_data_files"]]
     on_main_process(PartialState(), _refuse_other_features, files)
     try:
-        if (files[0].parent / "state.json").exists():  # of save_to_disk, which lists the files
-            return datasets.load_from_disk(files[0].parent)
+        if saved.exists():
+            return datasets.load_from_disk(saved.parent)
         if files[0].suffix.lower() == ".arrow":
             return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
         return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
