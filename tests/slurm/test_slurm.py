@@ -672,6 +672,20 @@ def test_an_active_environment_wins_over_the_module(alone, tmp_path):
     assert alone(RECIPES_MODULES="one two").startswith("module purge\nmodule load one two\n")
 
 
+def test_gloo_takes_the_interface_on_the_way_to_the_first_node(alone, tmp_path):
+    """This machine's own addresses stand for other nodes'; a name that leads nowhere, or no further than this node, as
+    the first node's own may, is passed over."""
+    (tmp_path / "bin/srun").write_text(
+        "#!/bin/bash\nfor address in 127.0.0.1 $(hostname -I); do echo way $address $(interface_to $address); done\n"
+        'echo "after $(interface_to no.such.host.invalid 127.0.0.1) <$(interface_to no.such.host.invalid localhost)>"\nexit 1\n'
+    )
+    log = alone("ddp", str(ROOT / "recipes/vit.py"), RECIPES_MODULES="")
+    ways = dict(re.findall(r"^way ([\d.]+) (\S*)$", log, re.M))
+    assert ways.pop("127.0.0.1") == "lo"
+    assert {*ways.values()} <= {*os.listdir("/sys/class/net")} - {"lo"}, log
+    assert "after lo <>\n" in log
+
+
 def test_words_are_split_as_the_preflight_splits_them(alone, tmp_path):
     """A backslash in quotes, which xargs keeps."""
     (tmp_path / "sweep.txt").write_text('--model "a\\"b" \'c d\'\n--model "a\n')
