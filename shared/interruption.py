@@ -118,13 +118,15 @@ def _deadline(time_limit: float) -> float:
         return time.time() + time_limit
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     end = int(text) if text.isdecimal() else 0
-    return end - MARGIN if end > time.time() and _job_runs() else 0
+    # slurm/launch.sh has looked at it; a process that starts slowly may find that it has just passed.
+    ours = job_folder() or (end > time.time() and _job_runs())
+    return end - MARGIN if end and ours else 0
 
 
 def _job_runs() -> bool:
-    """Whether SLURM_JOB_ID is a job that runs: so say slurm/launch.sh or Slurm; if nobody answers, it is believed."""
-    if job_folder() or "SLURM_JOB_ID" not in os.environ:
-        return job_folder() is not None
+    """Whether SLURM_JOB_ID is a job that runs, as Slurm says; where it does not answer, the variable is believed."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)

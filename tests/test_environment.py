@@ -65,8 +65,10 @@ def test_an_end_counts_where_its_job_runs(squeue, monkeypatch, tmp_path):
     for over in ("", "echo COMPLETED", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1"):
         squeue(over)
         assert _deadline(0) == 0, over
-    monkeypatch.setenv("RECIPES_JOB_FOLDER", str(tmp_path))  # by slurm/launch.sh
+    monkeypatch.setenv("RECIPES_JOB_FOLDER", str(tmp_path))  # by slurm/launch.sh, which has asked Slurm
     assert _deadline(0) == end - MARGIN
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end - 5060))
+    assert _deadline(0) == end - 5060 - MARGIN  # it has just passed, and Slurm will end the job any moment
 
 
 def test_open_files_are_raised_or_refused(monkeypatch):
