@@ -579,12 +579,12 @@ def test_a_signal_while_no_batch_comes_ends_the_run(runs, server, tmp_path):
 
 
 def test_who_waits_sees_every_reason_to_stop(tmp_path, monkeypatch):
-    """On every process: between two steps rank 0 cannot tell the others."""
+    """Signals and the file on every process: between two steps rank 0, which has the deadline, cannot tell others."""
     monkeypatch.delenv("RECIPES_JOB_FOLDER", raising=False)
-    other = SimpleNamespace(is_main_process=False, num_processes=1)
+    main, other = (SimpleNamespace(is_main_process=first, num_processes=1) for first in (True, False))
     former = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        assert Interruption(other, tmp_path, 0.5).noted() == "deadline"
+        assert Interruption(main, tmp_path, 0.5).noted() == "deadline"
         interruption = Interruption(other, tmp_path, 1000)
         assert interruption.noted() == ""
         os.kill(os.getpid(), signal.SIGUSR1)
