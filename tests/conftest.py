@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the real command lines, each made once a session and looked at by several tests."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import extensions
 import forked
 import numpy as np
 import pytest
@@ -58,6 +61,7 @@ def environment(**more: str) -> dict[str, str]:
     """
     left = ("ACCELERATE_", "PYTHONPATH", "OMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+    kept = {"TORCH_EXTENSIONS_DIR": extensions.folder(), **kept}
     return {**kept, "WANDB_SILENT": "true", "OMP_WAIT_POLICY": "passive", **more}
 
 
@@ -109,6 +113,21 @@ def pytest_runtest_makereport(item, call):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deepspeeds_parts(worker_id) -> Iterator[None]:
+    """Made beside the other tests of a whole suite, by the cores' idle time."""
+    if worker_id != "gw0":
+        yield
+        return
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = ["nice", sys.executable, extensions.__file__]
+    process = subprocess.Popen(command, env=environment(), start_new_session=True, **quiet)
+    yield
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture(scope="session")
