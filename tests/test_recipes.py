@@ -17,9 +17,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, environment, launch_command, python
 from packaging.requirements import Requirement
 from packaging.version import Version
+from test_strategies import CASES, TABLE
+
+from shared.config import RunConfig, parse
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 TRAININGS = {path.name for path in RECIPES} - {"allreduce_pi.py"}
@@ -265,27 +269,66 @@ SMOKE_FORM = "--max_steps 1 --data digits --image_size 32 --global_batch_size 64
 SMALL = {"resnet": " --model resnet18 --compile False", "vit": " --model demo --patch_size 8"}
 
 
+# (recipe, topology) of what tests/test_strategies.py and tests/test_by_hand.py launch.
+LAUNCHED = {*TABLE, *(case[:2] for case in CASES.values()), ("vit_tp_by_hand", "tp"), ("allreduce_pi", "ddp")}
+
+
+def resolve(words: list[str], monkeypatch) -> tuple[str, str]:
+    """(recipe, topology) of the words after `accelerate launch`; the launcher and the recipe know all of them."""
+    arguments = launch_command_parser().parse_args(words)
+    topology = Path(arguments.config_file)
+    assert ROOT / topology in TOPOLOGIES
+    recipe = Path(arguments.training_script).stem
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    configs = [RunConfig] if f"{recipe}.py" in TRAININGS else []
+    parse(*configs, importlib.import_module(recipe).Config, arguments=arguments.training_script_args)
+    return recipe, topology.stem.removeprefix("local_")
+
+
 @pytest.mark.parametrize("line", RECIPE_COMMANDS)
-def test_each_recipe_command_of_the_readme_runs(line, tmp_path):
-    """Smoke form: the command as it stands, with flags after it that make it small, and at most two processes."""
-    program, *words = shlex.split(re.sub(r"--num_processes \d+", "--num_processes 2", line))
-    prefix = {"accelerate": ["-m", "accelerate.commands.accelerate_cli"], "python": []}[program]
+def test_each_recipe_command_of_the_readme_resolves(line, monkeypatch):
+    """Without flags of the recipe it is a launch that another test makes."""
+    program, *words = shlex.split(line)
+    words = words[1:] if program == "accelerate" else ["--config_file", "accelerate_configs/local_ddp.yaml", *words]
+    assert program == "python" or line.startswith("accelerate launch ")
+    assert resolve(words, monkeypatch) in LAUNCHED | {("resnet", "cpu")}
+
+
+# But --profile, which is slow: tests/test_training.py runs it, in bf16 too.
+FLAGGED = [line for line in RECIPE_COMMANDS if re.search(r"\.py (?!--profile)|^python|local_cpu", line)]
+
+
+@pytest.mark.parametrize("line", FLAGGED)
+def test_each_kind_of_recipe_command_of_the_readme_runs(server, line, tmp_path):
+    """Smoke form: the command as it stands, with flags after it that make it small, and at most two processes; the
+    one that hides the GPUs by the real program, the others forked."""
+    _, *words = shlex.split(re.sub(r"--num_processes \d+", "--num_processes 2", line))
     recipe = re.search(r"recipes/(\w+)\.py", line)[1]
-    small = (SMOKE_FORM + SMALL[recipe.split("_")[0]]).split() if f"{recipe}.py" in TRAININGS else []
-    process = python(*prefix, *words, *small, *(["--output_dir", tmp_path / "run"] if small else []))
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "run/summary.json").exists() or not small
+    words += [*(SMOKE_FORM + SMALL[recipe.split("_")[0]]).split(), "--output_dir", tmp_path / "run"]
+    if "local_cpu" in line:
+        process = python("-m", "accelerate.commands.accelerate_cli", *words)
+    elif words[0] == "launch":
+        process = server.launch(words[1:])
+    else:
+        process = server.python(words)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert (tmp_path / "run/summary.json").exists()
 
 
-def test_each_job_command_passes_the_preflight(tmp_path):
+def test_each_job_command_passes_the_preflight(server, tmp_path):
+    """The first one by the real program, which asks the preflight with the same words."""
     assert len(JOB_COMMANDS) >= 5
+    assert JOB_COMMANDS[0].startswith("slurm/submit.sh ")
     (tmp_path / "imagenet").mkdir()
-    for line in JOB_COMMANDS:
-        line = line.replace(" -- ", " --dry_run -- ") if line.startswith("slurm/") else line
-        words = shlex.split(line.replace("$SCRATCH", str(tmp_path)))
-        words = [sys.executable if word == "python" else word for word in words]
-        variables = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        process = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    for number, line in enumerate(JOB_COMMANDS):
+        program, *words = shlex.split(line.replace("$SCRATCH", str(tmp_path)))
+        if number == 0:
+            words.insert(words.index("--"), "--dry_run")
+            variables = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+            options = {"env": variables, "capture_output": True, "text": True, "timeout": 300}
+            process = subprocess.run([program, *words], cwd=ROOT, **options)
+        else:
+            process = server.python(["tools/preflight.py", *words[program == "python" :]])
         assert process.returncode == 0, process.stderr
         assert re.search(r"^world size +\d+", process.stdout, re.M)
 
@@ -329,24 +372,34 @@ def test_the_lock_pins_every_dependency_without_an_address():
 # The smoke tool
 
 
-def test_smoke_passes_every_recipe_and_reports_a_failure(tmp_path):
-    process = python("tools/smoke.py", timeout=580)
-    assert process.returncode == 0, process.stdout + process.stderr
-    rows = process.stdout.splitlines()[1:]
-    assert [row.split()[:2] for row in rows] == [[path.stem, "pass"] for path in RECIPES]
-    for row in rows:
-        name, _, seconds, mebibytes, _ = row.split()
-        assert float(seconds) > 1
-        assert float(mebibytes) > 100 or f"{name}.py" not in TRAININGS
-    assert python("tools/smoke.py", "no_such").returncode == 1
-    shutil.copytree(ROOT / "tools", tmp_path / "tools", symlinks=True)
-    shutil.copytree(ROOT / "shared", tmp_path / "shared")
-    shutil.copytree(ROOT / "accelerate_configs", tmp_path / "accelerate_configs")
+def test_smoke_knows_every_recipe_and_its_launch(server, monkeypatch):
+    refused = python("tools/smoke.py", "no_such", server=server)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith(f"There are: {', '.join(path.stem for path in RECIPES)}.\n")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    for recipe in RECIPES:
+        words = importlib.import_module("smoke").command(recipe, "folder")
+        assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+        assert resolve(words[3:], monkeypatch) in LAUNCHED
+
+
+def test_smoke_runs_what_is_there_and_reports_a_failure(server, tmp_path):
+    """Two networks, and two that train nothing, of which one fails."""
+    for name in ("tools", "shared", "accelerate_configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/shared").symlink_to("../shared")
+    for name in ("resnet", "vit"):
+        shutil.copy(ROOT / f"recipes/{name}.py", tmp_path / "recipes")
     (tmp_path / "recipes/broken.py").write_text("raise SystemExit(3)\n")
-    broken = python(tmp_path / "tools/smoke.py")
-    assert broken.returncode == 1
-    assert broken.stdout.splitlines()[1].split()[:2] == ["broken", "fail"]
+    process = python(tmp_path / "tools/smoke.py", server=server)
+    assert process.returncode == 1
+    assert "--- exit status " in process.stderr
+    rows = [row.split() for row in process.stdout.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["broken", "fail"], ["resnet", "pass"], ["vit", "pass"]], process.stderr
+    assert all(float(seconds) > 1 and float(mebibytes) > 100 for _, _, seconds, mebibytes, _ in rows[1:])
+    (tmp_path / "recipes/broken.py").write_text("print('sound')\n")
+    assert python(tmp_path / "tools/smoke.py", "broken", server=server).returncode == 0
 
 
 # The benchmarks
@@ -379,13 +432,13 @@ def test_the_loaders_sweep_counts_whole_rounds():
         ("throughput", "--rungs fp32,channels_last --image_sizes 64 --batch_sizes 2 --steps 2 --warmup_steps 1"),
     ],
 )
-def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(tmp_path, script, flags):
+def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(server, tmp_path, script, flags):
     """In a copy of the project, whose results folder is its own."""
     for name in ("benchmarks", "recipes", "accelerate_configs", "shared", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     shutil.rmtree(tmp_path / "benchmarks/results")
     launcher = launch_command(num_processes=2) if script == "allreduce" else []
-    process = python(*launcher, tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path)
+    process = python(*launcher, tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path, server=server)
     assert process.returncode == 0, process.stderr
     (path,) = (tmp_path / "benchmarks/results").glob(f"{script}_*_20??-??-??.json")
     result = json.loads(path.read_text())
