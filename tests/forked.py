@@ -29,8 +29,8 @@ PATIENCE = 15  # seconds that the other workers have after one failed; torchrun'
 MOST_SECONDS = 500  # of a launch; pytest ends a test after 600
 
 # What the interpreter or a library that the server imports reads once: a fork cannot be given another value.
-READ_AT_IMPORT = ("HOME", "LANG", "LC_", "LD_", "PYTHON", "XDG_", "HF_HOME", "HF_HUB_", "HUGGINGFACE_", "TRITON_")
-READ_AT_IMPORT += ("TRANSFORMERS_", "TORCHINDUCTOR_", "TORCH_LOGS", "DS_BUILD_", "DS_SKIP_", "MLFLOW_")
+READ_AT_IMPORT = ("HOME", "LANG", "LC_", "LD_", "PYTHON", "XDG_", "HF_HOME", "HF_TOKEN", "HUGGINGFACE_", "TRITON_")
+READ_AT_IMPORT += ("TRANSFORMERS_", "HF_HUB_CACHE", "TORCHINDUCTOR_", "TORCH_LOGS", "DS_BUILD_", "DS_SKIP_", "MLFLOW_")
 LATER = ("datasets", "matplotlib", "wandb")  # which read their variables in the fork that imports them
 
 
@@ -271,6 +271,7 @@ def main() -> None:
     import torch.utils.tensorboard
     import vit_pp  # noqa: F401  every recipe's libraries and shared/
     import vit_zero  # noqa: F401
+    from huggingface_hub import constants
 
     assert not sys.modules.keys() & {*LATER}
     gc.freeze()  # or each collection in a fork would touch, and so copy, all that was imported
@@ -280,6 +281,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
     numpy.random.seed()  # an interpreter of its own would have drawn one
     torch.distributed.run.run = fork_workers
     end({"python": python, "launch": launch}[request["kind"]], request["words"])
