@@ -57,6 +57,7 @@ def slow(server, tmp_path_factory) -> Result:
 
 def test_the_first_lines_say_what_is_trained_on(slow):
     lines = slow.process.stdout.splitlines()
+    lines = lines[lines.index(str(slow.folder)) :]  # a line on the shortened warmup may come before
     assert lines[:5] == [
         str(slow.folder),
         "training: 1,437 images, 10 classes, 32 x 32 pixels",
