@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from report import ROOT
 
@@ -25,7 +26,8 @@ sys.path.insert(0, str(ROOT / "tools"))  # for memory_estimate
 
 from shared.accelerator import build_accelerator, data_parallel
 from shared.config import RunConfig
-from shared.data import Batch
+from shared.data import Batch, Source, Views
+from shared.data.storage import Pixels
 from shared.process import die_with_parent
 from shared.tracking import Run
 from shared.vit import SIZES, VisionTransformer, vit_config
@@ -97,10 +99,12 @@ def build(recipe, accelerator, config) -> tuple:
     return model, pipeline, accelerator.prepare_optimizer(optimizer), scheduler
 
 
-class NoImages(list):
-    """As much of a data set as a run looks at."""
-
-    source = SimpleNamespace(classes=[str(number) for number in range(CLASSES)], fingerprint=str)
+def blank_images(config) -> Views:
+    """As much of a data set as a run looks at: black images, all one piece of memory."""
+    count, size = STEPS * config.global_batch_size, config.image_size
+    pixels = np.broadcast_to(np.zeros((1, size, size, 3), np.uint8), (count, size, size, 3))
+    classes = [str(number) for number in range(CLASSES)]
+    return Views(Source(Pixels(pixels), np.arange(count) % CLASSES, classes), None, None, size, seed=0)
 
 
 def train(recipe, config, folder: Path, watch: AbstractContextManager, before_update: Callable | None = None) -> int:
@@ -109,7 +113,7 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
     model, pipeline, optimizer, scheduler = build(recipe, accelerator, config)
     flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
     run_config = RunConfig(output_dir=str(folder / "run"), **flags)
-    data = SimpleNamespace(dataset=NoImages(), order=SimpleNamespace(steps_per_epoch=STEPS))
+    data = SimpleNamespace(dataset=blank_images(config), order=SimpleNamespace(steps_per_epoch=STEPS))
     run = Run(accelerator, run_config, config, data, data)
     images = config.global_batch_size // data_parallel(accelerator)[1]
     size, device = config.image_size, accelerator.device

@@ -14,7 +14,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """Of Debian's slurm-wlm, or another one built for several slurmd on a host."""
     if missing():
         pytest.skip(f"no {', '.join(missing())} on this machine: apt-get install slurm-wlm")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), environment())
+    variables = environment()
+    variables.pop("TORCH_EXTENSIONS_DIR")  # the suite's own, in $HOME: jobs are to choose theirs
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), variables)
     try:
         cluster.start()
         yield cluster
