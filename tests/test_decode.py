@@ -2,6 +2,7 @@
 """Each decoder gives the same pixels, to the bit, of the same crop; what none can decode has a reason."""
 
 import io
+import itertools
 import json
 import struct
 import subprocess
@@ -305,9 +306,9 @@ def test_pack_converts_sixteen_bits_by_the_same_rule(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import pack
 
-    for part, name in (("train", "png"), ("train", "tiff"), ("val", "pgm")):
-        (tmp_path / "data" / part / "ramp").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / part / "ramp" / f"{name}.png").write_bytes(GREY[name])
+    for part, label, name in itertools.product(("train", "val"), ("up", "down"), ("png", "tiff")):
+        (tmp_path / "data" / part / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / part / label / f"{name}.png").write_bytes(GREY[name])
     source, _ = pack.open_source(str(tmp_path / "data"), 0)
     for number in range(2):
         image, kind = pack.encoded(source, pack.argparse.Namespace(max_side=32, quality=100), number)
