@@ -84,6 +84,8 @@ def _is_written(partial: Path) -> bool:
     owner, _, pid = partial.stem.rpartition(".")
     if not owner.endswith(f".{socket.gethostname()}") or not pid.isdigit():
         return False
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     try:
         os.kill(int(pid), 0)
     except OSError as error:

@@ -22,8 +22,8 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import shared`; the recipes themselves run in processes of their own
 
-# A dozen small steps: enough for losses to differ where something is wrong. They lie within the default warmup, of three
-# epochs: at full rate the tenth loss would already amplify rounding a thousandfold.
+# A dozen small steps: enough for losses to differ where something is wrong. They lie within the default warmup, of
+# three epochs: at full rate the tenth loss would already amplify rounding a thousandfold.
 SHORT = ["--epochs", "4", "--max_steps", "12", "--logging_steps", "1", "--report_to", "none"]
 
 

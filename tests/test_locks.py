@@ -143,7 +143,7 @@ def test_two_first_starts_read_a_folder_once(image_folder, tmp_path, monkeypatch
 def test_only_what_nobody_writes_is_removed(tmp_path):
     living = subprocess.Popen(["sleep", "60"])
     dead = subprocess.Popen(["true"])
-    dead.wait()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # nobody has reaped it yet
     host = socket.gethostname()
     names = [f".a.{host}.{living.pid}.partial", f".a.{host}.{dead.pid}.partial", f".b.other.{living.pid}.partial"]
     for name in names:
@@ -154,6 +154,7 @@ def test_only_what_nobody_writes_is_removed(tmp_path):
     assert os.listdir(tmp_path) == [names[0]]
     living.kill()
     living.wait()
+    dead.wait()
 
 
 def test_what_fails_leaves_nothing(tmp_path):

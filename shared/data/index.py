@@ -25,7 +25,7 @@ from ..locks import make_once
 from .tree import States, state_of
 
 NAME = "index.safetensors"  # beside shards
-VERSION = 2  # of the rules by which tree.py and shards.py make an index: others are built again
+VERSION = 3  # of the rules by which tree.py and shards.py make an index: others are built again
 LISTS = ("classes", "shards", "checksums", "notes", "parts", "tables", "states")
 PATIENCE = 30  # seconds until a file that another node wrote is seen by all: some systems keep for a while what lacks
 
@@ -65,7 +65,8 @@ class Index:
             kinds = {"shard": np.int32, "offset": np.int64, "length": np.int64}
             arrays |= {name: getattr(self, name).astype(kind) for name, kind in kinds.items()}
         lists = json.dumps({name: getattr(self, name) for name in LISTS})
-        header = {"lists": lists, "stamp": _hash(self.states or {})}
+        # One entry: safetensors writes several in an order that changes from run to run.
+        header = {"lists": f"{_hash(self.states or {})}\n{lists}"}
         data = save({name: torch.from_numpy(array) for name, array in arrays.items()}, header)
         path.write_bytes(data)  # safetensors' own save_file has an error of its own for a full disk
 
@@ -73,7 +74,7 @@ class Index:
     def lists(path: Path) -> dict:
         """All but the arrays."""
         with safe_open(path, framework="pt") as file:
-            lists = json.loads(file.metadata()["lists"])
+            lists = json.loads(file.metadata()["lists"].rpartition("\n")[2])
         return {name: lists.get(name) for name in LISTS}
 
     def part(self, name: str) -> "Index":
@@ -129,7 +130,7 @@ def cached(folder: Path, build: Callable[[], Index]) -> Index:
 def _stamp(path: Path) -> str:
     """Of the states in an index: empty where there is none, or one that is damaged."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(path, framework="pt") as file:
-        return file.metadata()["stamp"]
+        return file.metadata()["lists"].rpartition("\n")[0]
     return ""
 
 
