@@ -73,6 +73,8 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     shape = _mesh_shape(config)
     _check_recipes_keys()
     _check_descriptors()
+    if strategy().startswith("zero"):
+        _compile_deepspeed()
     with meeting():
         accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
@@ -249,6 +251,15 @@ def _parallelism_config() -> ParallelismConfig | None:
     if strategy() != "hsdp":
         return None
     return ParallelismConfig(dp_replicate_size=_replicas(), dp_shard_size=world_size() // _replicas())
+
+
+def _compile_deepspeed() -> None:
+    """What DeepSpeed would compile, for minutes at its first time, as the processes meet."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")  # None on a GPU
+    if builder and builder.is_compatible(verbose=False):
+        builder.load(verbose=False)
 
 
 def _configure_deepspeed(accelerator: Accelerator, config) -> None:

@@ -173,6 +173,7 @@ def fork_workers(arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        address["TORCHELASTIC_RUN_ID"] = "none"  # torchrun's own default
     workers = set()
     for rank in map(str, range(count)):
         pid = os.fork()

@@ -530,7 +530,9 @@ def test_a_worker_that_is_killed_is_one_line(packed, recipe, flags, monkeypatch,
     for worker in multiprocessing.active_children():
         if worker.pid not in before:
             worker.kill()
-    with pytest.raises(UserError, match="a loader worker died, perhaps for want of memory: DataLoader worker"):
+    with pytest.raises(
+        UserError, match=r"worker died, perhaps for want of memory \((DataLoader worker|\w+Error\)|\[Errno)"
+    ):
         list(batches)
     assert capfd.readouterr().err.count("error: rank 3: a loader worker died") == 1
 

@@ -356,7 +356,8 @@ class _Watch(threading.Thread):
             if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory")):
                 raise
             raise _failed(
-                f"a loader worker died, perhaps for want of memory: {error}. Give fewer --num_workers, or more memory."
+                f"a loader worker died, perhaps for want of memory ({str(error) or type(error).__name__}). "
+                "Give fewer --num_workers, or more memory."
             ) from error
         finally:
             self.waiting = False
