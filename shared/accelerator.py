@@ -78,8 +78,7 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     with meeting():
         accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
-    # The launcher exports OMP_NUM_THREADS=1 whatever the machine.
-    torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(_threads())
     # NumPy's and torch's generators take 32 bits of the 63; a smaller seed stays what it is.
     set_seed((seed ^ (seed >> 32) * 0x9E3779B9) % 2**32)
     if not torch.distributed.is_initialized() and any(hasattr(config, name) for name in SIZES):
@@ -180,6 +179,16 @@ def _replicas() -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _threads() -> int:
+    """This process's share of the cores; the launcher exports OMP_NUM_THREADS=1 whatever the machine.
+
+    Where OpenMP gives fewer than torch was told, torch's sums are wrong (2.15: a gradient norm of inf).
+    """
+    share = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    return min(share, int(limit)) if limit.isdecimal() and int(limit) else share
 
 
 def _forced_cpu() -> bool:

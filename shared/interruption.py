@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from .config import job_folder
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REASONS = ("", "signal", "stop_file", "deadline")  # in summary.json
 CHECK_SECONDS = 1.0  # between two agreements; a message costs up to 0.8 ms, and a step is to wait for 0.1 % at most
 WATCH_SECONDS = 1.0  # between two looks at the STOP file, which lies on a parallel file system
@@ -44,8 +44,11 @@ class Interruption:
         self.message = None
         if self.watches:
             self.stop_file.unlink(missing_ok=True)  # it was meant for a former start
+        # torchrun passes SIGHUP on to its workers, and kills them 30 s later, even where nohup lets others ignore it.
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
         for number in SIGNALS:
-            signal.signal(number, self._note_signal)
+            if number != signal.SIGHUP or not nohup:
+                signal.signal(number, self._note_signal)
 
     def note(self, reason: str) -> None:
         """To be agreed on; of several reasons the last one of the list wins."""

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # for `import shared`; the recipes themselves run
 
 # A dozen small steps: enough for losses to differ where something is wrong. They lie within the default warmup, of
 # three epochs: at full rate the tenth loss would already amplify rounding a thousandfold.
-SHORT = ["--epochs", "4", "--max_steps", "12", "--logging_steps", "1", "--report_to", "none"]
+SHORT = ["--epochs", "4", "--max_steps", "12", "--image_size", "16", "--logging_steps", "1", "--report_to", "none"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Result:
 def environment(**more: str) -> dict[str, str]:
     """This process's, without what a launcher, pytest or torch.compile may have left in it.
 
-    Threads that wait let others run: several processes on few cores are five times as fast so.
+    One thread a process: threads that share a core with other processes' mostly wait for each other.
     """
     left = ("ACCELERATE_", "PYTHONPATH", "OMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
     kept = {"TORCH_EXTENSIONS_DIR": extensions.folder(), **kept}
-    return {**kept, "WANDB_SILENT": "true", "OMP_WAIT_POLICY": "passive", **more}
+    return {**kept, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", **more}
 
 
 def python(

@@ -252,6 +252,23 @@ def test_a_signal_counts_where_nobody_reads_the_output(tmp_path, monkeypatch):
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(("launcher", "stops"), [("", ""), ("none", "signal")])
+def test_nohup_lets_a_run_outlive_its_terminal_but_not_torchrun(tmp_path, monkeypatch, launcher, stops):
+    """Which takes SIGHUP whatever nohup has set, passes it on, and kills its workers 30 s later."""
+    handlers = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        watched = interruption.Interruption(ALONE, tmp_path, 0)
+        signal.raise_signal(signal.SIGHUP)
+        assert watched.agreed(1) == stops
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # The run's files
 
 

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from shared import checkpoint as checkpoint_module
 from shared import tensor_files
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
+from shared.interruption import SIGNALS
 
 VIT_RECIPE = ROOT / "recipes/vit.py"
 
@@ -126,7 +127,7 @@ def test_each_way_to_stop_leaves_a_checkpoint_and_the_run_goes_on(server: Server
     """One run of one process through all of them; the launcher's status is its worker's."""
     folder = runs / "stopped"
     start = words(folder, *data, *VIT, "--checkpointing_steps", "4", recipe="vit")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         launch = server.start(start)
         at_step(launch, folder, 1)
         launch.kill(launch.workers, number)

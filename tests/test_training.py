@@ -19,11 +19,6 @@ from shared.checkpoint import read_weights
 from shared.optim import build_scheduler, parameter_groups
 
 
-@pytest.fixture(scope="module")
-def two_processes(server, runs):
-    return train(runs / "two", "--epochs", "4", "--warmup_epochs", "2", num_processes=2, server=server)
-
-
 def test_the_demonstration_reaches_its_accuracy(demo):
     assert demo.summary["status"] == "finished"
     assert demo.summary["stop_reason"] == "epochs"
@@ -78,13 +73,6 @@ def test_evaluation_equals_a_plain_loop_to_the_last_sample(demo):
     correct = (logits.argmax(1) == labels).sum().item()
     assert demo.summary["accuracy"] * 360 == pytest.approx(correct, abs=1e-9)
     assert demo.series("eval_loss")[-1] == pytest.approx(cross_entropy(logits, labels).item(), rel=2e-3)
-
-
-def test_two_processes_learn(two_processes):
-    assert two_processes.summary["world_size"] == 2
-    assert two_processes.summary["accuracy"] >= 0.8
-    assert two_processes.lines[-1]["eval_samples"] == 360
-    assert "global batch 64 = 2 (data-parallel processes) x 32 (images)" in two_processes.text
 
 
 def test_an_image_folder_and_the_other_options(server, runs, image_folder):

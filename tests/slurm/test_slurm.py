@@ -20,7 +20,7 @@ from conftest import ROOT, SHORT, Result, environment, train
 from shared.interruption import WATCH_SECONDS
 from slurm.cluster import ENDED, NODES, Cluster, Job, wait_for
 
-FLAGS = [*SHORT, "--data", "digits", "--image_size", "16", "--num_workers", "0", "--checkpointing_steps", "4"]
+FLAGS = [*SHORT, "--data", "digits", "--num_workers", "0", "--checkpointing_steps", "4"]
 ODD = 'it\'s "a run" of  * two'  # a folder's name that every shell on the way would like to change
 OPTIONS = ["--account=project@h100", "--time=30"]
 
