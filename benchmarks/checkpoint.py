@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", help="torchvision's name")
     parser.add_argument("--processes", type=int, default=2, help="of one machine")
     parser.add_argument("--rounds", type=int, default=7, help="of each kind, after one that warms up")
+    parser.add_argument("--checks", type=int, default=10, help="means over fifty steps of what a step waits")
     parser.add_argument("--starts", type=int, default=5, help="pairs of starts of the recipe")
     parser.add_argument("--folder", default=".", help="where to write: the file system that is measured")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
@@ -95,7 +96,7 @@ def work(options, folder: Path) -> None:
         for name, value in zip(measured, (plain, *held, held[1] + background), strict=True):
             measured[name].append(value)
     measured = {name: values[1:] for name, values in measured.items()} | {"checkpoint_bytes": size}
-    measured["check"] = check_seconds(accelerator, folder)
+    measured["check"] = check_seconds(accelerator, folder, options.checks)
     if accelerator.is_main_process:
         (folder / "measured.json").write_text(json.dumps(measured))
     accelerator.wait_for_everyone()
@@ -119,10 +120,10 @@ def seconds(accelerator, function: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-def check_seconds(accelerator, folder: Path) -> list[float]:
+def check_seconds(accelerator, folder: Path, checks: int) -> list[float]:
     """Seconds that the check takes a step, as means over fifty steps."""
     interruption, means = Interruption(accelerator, folder, 3600), []
-    for _ in range(10):
+    for _ in range(checks):
         total = 0.0
         for step in range(50 * len(means), 50 * len(means) + 50):
             time.sleep(STEP_SECONDS)

@@ -121,16 +121,26 @@ def test_every_map_style_loader_gives_the_batches_of_the_base(
 
 
 def test_training_ends_alike_from_every_format(packed, runs, server):
-    """The base recipe over two epochs: losses, digests and accuracies to the last bit."""
-    flags = ["--epochs", "2", "--image_size", "8", "--global_batch_size", "128", "--logging_steps", "1"]
+    """The base recipe into its second epoch: losses, digests and accuracies to the last bit."""
+    flags = [
+        "--epochs",
+        "4",
+        "--max_steps",
+        "13",
+        "--image_size",
+        "8",
+        "--global_batch_size",
+        "128",
+        "--logging_steps",
+        "1",
+    ]
     flags += ["--num_workers", "1", "--report_to", "none"]
     series = {}
     for kind in FORMATS:
         run = train(runs / f"format-{kind}", *flags, "--data", str(packed[kind]), server=server)
         series[kind] = [run.series(name) for name in ("samples_digest", "loss", "accuracy", "eval_loss")]
     digests, losses, accuracies, _ = series["digits"]
-    assert (len(set(digests)), len(losses), len(accuracies)) == (22, 22, 2)
-    assert losses[-1] < losses[0]
+    assert (len(set(digests)), len(losses), len(accuracies)) == (13, 13, 2)
     assert all(other == series["digits"] for other in series.values())
 
 

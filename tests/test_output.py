@@ -19,7 +19,7 @@ from shared.data.description import describe
 from shared.data.storage import Files, Pixels
 
 FLAGS = ["--epochs", "2", "--global_batch_size", "256", "--image_size", "16", "--logging_steps", "3"]
-FLAGS += ["--report_to", "none", "--num_workers", "1"]
+FLAGS += ["--norm", "group", "--learning_rate", "0.02", "--report_to", "none", "--num_workers", "1"]
 PAUSE = 2  # seconds
 # resnet.py with a slow start and slow evaluations, whose standard error is a terminal; what it shows goes to a file.
 SLOW = f"""

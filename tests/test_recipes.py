@@ -427,7 +427,7 @@ def test_the_loaders_sweep_counts_whole_rounds():
         ("largest", "--sizes demo,Ti --cases whole --batch_size 4 --image_size 32"),
         ("loaders", "--images 80 --image_size 64 --rounds 1 --seconds 0.1 --num_workers 1"),
         ("index", "--samples 300 --shards 3 --repeats 1"),
-        ("checkpoint", "--model resnet18 --rounds 1 --starts 0"),
+        ("checkpoint", "--model resnet18 --rounds 1 --checks 1 --starts 0"),
         ("allreduce", "--largest 1 --rounds 2"),
         ("throughput", "--rungs fp32,channels_last --image_sizes 64 --batch_sizes 2 --steps 2 --warmup_steps 1"),
     ],
@@ -438,7 +438,7 @@ def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(server, t
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     shutil.rmtree(tmp_path / "benchmarks/results")
     launcher = launch_command(num_processes=2) if script == "allreduce" else []
-    forked = server if script in ("accuracy", "allreduce", "index") else None  # others start processes of their own
+    forked = None if script == "checkpoint" else server
     process = python(*launcher, tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path, server=forked)
     assert process.returncode == 0, process.stderr
     (path,) = (tmp_path / "benchmarks/results").glob(f"{script}_*_20??-??-??.json")
