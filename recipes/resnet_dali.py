@@ -81,7 +81,7 @@ class Dali:
 
     def __init__(self, views, num_threads, device):
         self.views, self.num_threads, self.device = views, max(1, num_threads), device
-        self.deferred, self.pipeline = [], None
+        self.deferred, self.pipeline, self.decoder = [], None, "DALI"
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def __iter__(self):

@@ -18,6 +18,8 @@ from pathlib import Path
 class UserError(ValueError):
     """What the person at the keyboard can put right: printed as one line, without a traceback."""
 
+    alone = False  # seen by this process and by no other, so that rank 0 will not say it
+
 
 class _Stream(io.FileIO):
     """Where words cannot be written (`| head -1`, a terminal that is gone, a full disk) they are lost, and the run
@@ -105,7 +107,7 @@ def one_line(kind, error, trace) -> None:
     rank = os.environ.get("RANK") or "0"
     if isinstance(error, UserError):
         tell_job(f"error-{rank}.txt", f"error: {error}\n")
-        if rank != "0":
+        if rank != "0" and not error.alone:
             # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more

@@ -37,7 +37,6 @@ from .checkpoint import (
 )
 from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
 from .data import Batch, Source
-from .data.decode import decoder
 from .data.description import describe
 from .interruption import Interruption
 from .run_folder import (
@@ -69,7 +68,7 @@ class Run:
 
     def __init__(self, accelerator: Accelerator, run_config: RunConfig, config, train_loader, eval_loader):
         self.accelerator, self.run_config, self.config = accelerator, run_config, config
-        self.views = train_loader.dataset, eval_loader.dataset
+        self.views, self.decoder = (train_loader.dataset, eval_loader.dataset), train_loader.decoder
         sources = [view.source for view in self.views]
         classes, epoch_steps = sources[0].classes, train_loader.order.steps_per_epoch
         self.recipe = Path(sys.argv[0]).stem
@@ -164,9 +163,10 @@ class Run:
         self.shown: dict[str, str] = {}  # beside the bar
 
     def _begin_files(self, classes: list[str]) -> None:
-        former = read_json(self.folder / "config.json").get("decoder", decoder())
-        if former != decoder():
-            say(f"warning: images were decoded by {former}, now by {decoder()}; their pixels are the same", sys.stderr)
+        former = read_json(self.folder / "config.json").get("decoder", self.decoder)
+        if former != self.decoder:
+            same = "" if "DALI" in (former, self.decoder) else "; their pixels are the same"
+            say(f"warning: images were decoded by {former}, now by {self.decoder}{same}", sys.stderr)
         with writing(self.folder):
             write_json(self.folder / "config.json", self._description(classes))
             if self.checkpoint is None:
@@ -201,7 +201,7 @@ class Run:
             "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
             "threads": torch.get_num_threads(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "decoder": decoder(),
+            "decoder": self.decoder,
             "steps_per_epoch": self.epoch_steps,
             "classes": classes,
             "shared": str(Path(__file__).with_name("__init__.py")),

@@ -86,6 +86,13 @@ def test_another_rank_speaks_where_rank_0_does_not():
     assert (process.returncode, process.stderr) == (1, "error: no disk here\n")
 
 
+def test_what_one_rank_alone_has_seen_it_says_at_once_and_once():
+    """A launcher may end it a moment later."""
+    code = "process.time.sleep = None\nerror = process.UserError('rank 1: no worker')\nerror.alone = True\nraise error"
+    process = script(code, RANK="1")
+    assert (process.returncode, process.stderr) == (1, "error: rank 1: no worker\n")
+
+
 def test_ctrl_c_before_a_run_is_one_word():
     process = script("os.kill(os.getpid(), 2)")
     assert (process.returncode, process.stderr) == (-signal.SIGINT, "\ninterrupted\n")

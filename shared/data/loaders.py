@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError, end_workers, one_line, say
 from ..interruption import ignore_signals
-from .decode import View, render
+from .decode import View, decoder, render
 from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
 from .sources import Source
 
@@ -385,10 +385,11 @@ def _end(line: str, reason: str) -> None:
 
 
 def _failed(line: str) -> UserError:
-    """To raise. It is of this process alone, so that rank 0, which says what all know, would be silent."""
-    if (rank := os.environ.get("RANK", "0")) != "0":
-        say(f"error: rank {rank}: {line}", sys.stderr)
-    return UserError(line)
+    """To raise, or to give to one_line: what this process alone has seen."""
+    rank = os.environ.get("RANK", "0")
+    error = UserError(line if rank == "0" else f"rank {rank}: {line}")
+    error.alone = True
+    return error
 
 
 class Loader:
@@ -410,6 +411,7 @@ class Loader:
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
         )
         self.batches = read(dataset, num_workers, device)
+        self.decoder = getattr(self.batches, "decoder", decoder())  # for the run's record
         self.noted: Callable[[], str] = str  # why the run is to stop, or an empty string: a Run sets it
 
     def __len__(self) -> int:
