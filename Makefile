@@ -9,7 +9,7 @@ BIN := .venv/bin
 DEMO := accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
 STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo smoke test test-oldest soak bench lint lock help
+.PHONY: setup demo smoke test golden test-oldest soak bench lint lock help
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' Makefile
@@ -37,6 +37,9 @@ test-oldest: setup  ## two steps of every recipe with the oldest versions of pyp
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	VIRTUAL_ENV=$(CURDIR)/.venv-oldest $(BIN)/uv pip install --quiet --compile-bytecode --resolution lowest-direct -r pyproject.toml $(OLDEST:%=--extra %)
 	.venv-oldest/bin/python benchmarks/oldest.py
+
+golden: setup  ## write tests/golden again: the curves that no rebuilding may move, where they are meant to move
+	RECORD_GOLDEN=1 $(BIN)/python -m pytest -m golden --numprocesses 2 --dist loadfile
 
 soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/
 	$(BIN)/python tests/soak.py $(KILLS)

@@ -126,12 +126,12 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def deepspeeds_parts(worker_id) -> Iterator[None]:
-    """Made beside the other tests of a whole suite, a little behind them."""
+    """Made beside the other tests of a whole suite."""
     if worker_id != "gw0":
         yield
         return
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = ["nice", "-n", "3", sys.executable, extensions.__file__]
+    command = [sys.executable, extensions.__file__]
     process = subprocess.Popen(command, env=environment(), start_new_session=True, **quiet)
     yield
     with contextlib.suppress(ProcessLookupError):

@@ -3,14 +3,15 @@
 
 import re
 
+import golden
 import numpy as np
 import pytest
 from conftest import ROOT, launch_command, python, train
 
 from shared.checkpoint import checkpoints, read_weights
 
-FLAGS = ["--max_steps", "20", "--logging_steps", "1", "--report_to", "none", "--num_workers", "1", "--epochs", "2"]
-FLAGS += ["--warmup_epochs", "0.2", "--learning_rate", "1e-3"]
+FLAGS = ["--max_steps", "12", "--logging_steps", "1", "--report_to", "none", "--num_workers", "1", "--epochs", "1"]
+FLAGS += ["--warmup_epochs", "0.1", "--learning_rate", "1e-3", "--global_batch_size", "32"]
 BY_HAND = ROOT / "recipes/vit_tp_by_hand.py"
 # What a checkpoint says of vit.py or of this recipe, and not of the other.
 OF_ONE_RECIPE = "recipe,init,check,pretrained,min_crop_area,horizontal_flip,eval_crop_ratio,drop_path,compile,"
@@ -31,12 +32,17 @@ def plain(server, runs):
     return train(runs / "by-hand-reference", *FLAGS, recipe=ROOT / "recipes/vit.py", server=server)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
-    ("processes", "flags"),
-    [(2, []), (4, []), (4, ["--tensor_parallel_size", "4", "--gradient_accumulation_steps", "2"])],
+    ("name", "processes", "flags"),
+    [
+        ("tp 2", 2, []),
+        ("tp 2 x ddp 2", 4, []),
+        ("tp 4, accumulation 2", 4, ["--tensor_parallel_size", "4", "--gradient_accumulation_steps", "2"]),
+    ],
 )
-def test_by_hand_the_losses_are_those_of_one_process(server, runs, plain, processes, flags):
-    folder = runs / f"by-hand-{processes}-{len(flags)}"
+def test_by_hand_the_losses_are_those_of_one_process(server, runs, plain, name, processes, flags):
+    folder = runs / f"by-hand {name}"
     launch = {"num_processes": processes, "config_file": "local_tp.yaml", "server": server}
     result = train(folder, *FLAGS, *flags, recipe=BY_HAND, **launch)
     losses, reference = result.series("loss"), plain.series("loss")
@@ -45,6 +51,7 @@ def test_by_hand_the_losses_are_those_of_one_process(server, runs, plain, proces
     np.testing.assert_allclose(result.series("grad_norm"), plain.series("grad_norm"), rtol=1e-3)
     assert result.series("samples_digest") == plain.series("samples_digest")
     assert result.lines[-1]["accuracy"] == pytest.approx(plain.lines[-1]["accuracy"], abs=1.5 / 360)
+    golden.compare(f"vit_tp_by_hand {name}", result)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -60,30 +67,30 @@ def test_each_piece_by_hand_is_its_dense_layer(server, processes):
 
 
 def test_what_is_saved_by_hand_goes_on_by_hand_and_under_other_strategies(server, runs, plain):
-    """On four processes to step 8, on two to step 14, without any to the end, in one folder each; and vit.py's own
+    """On four processes to step 4, on two to step 8, without any to the end, in one folder each; and vit.py's own
     checkpoint under this recipe."""
     flags = [*FLAGS[2:], "--max_steps"]
     by_hand = {"recipe": BY_HAND, "config_file": "local_tp.yaml", "server": server}
     vit = {"recipe": ROOT / "recipes/vit.py", "server": server}
     wide = ["--tensor_parallel_size", "4"]
-    train(runs / "moved", *flags, "8", *wide, "--async_checkpoint", **by_hand, num_processes=4)
-    second = train(runs / "moved", *flags, "14", **by_hand, num_processes=2)
-    assert "resumed at step 8" in second.text
+    train(runs / "moved", *flags, "4", *wide, "--async_checkpoint", **by_hand, num_processes=4)
+    second = train(runs / "moved", *flags, "8", **by_hand, num_processes=2)
+    assert "resumed at step 4" in second.text
     losses = second.series("loss")
-    np.testing.assert_allclose(losses, plain.series("loss")[:14], rtol=1e-5)
+    np.testing.assert_allclose(losses, plain.series("loss")[:8], rtol=1e-5)
     path = checkpoints(second.folder / "checkpoints")[-1]
 
     def moved(path, folder, **launch):
         onward = ["--resume_from_checkpoint", str(path), "--resume_override", OF_ONE_RECIPE]
-        return train(runs / folder, *flags, "20", *onward, **launch)
+        return train(runs / folder, *flags, "12", *onward, **launch)
 
     assert set(read_weights(path)) == set(read_weights(checkpoints(plain.folder / "checkpoints")[-1]))
     last = moved(path, "moved-to-vit", **vit)
-    np.testing.assert_allclose(last.series("loss"), plain.series("loss")[14:], rtol=1e-4)
-    first = train(runs / "moved-from-vit", *flags, "6", **vit)
+    np.testing.assert_allclose(last.series("loss"), plain.series("loss")[8:], rtol=1e-4)
+    first = train(runs / "moved-from-vit", *flags, "4", **vit)
     path = checkpoints(first.folder / "checkpoints")[-1]
     last = moved(path, "moved-by-hand", **by_hand, num_processes=2)
-    np.testing.assert_allclose(last.series("loss"), plain.series("loss")[6:], rtol=1e-4)
+    np.testing.assert_allclose(last.series("loss"), plain.series("loss")[4:], rtol=1e-4)
 
 
 def test_what_cannot_be_cut_by_hand_is_refused(server, tmp_path):

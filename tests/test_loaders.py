@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import golden
 import numpy as np
 import pytest
 import torch
@@ -420,15 +421,16 @@ FLAGS += ["--report_to", "none", "--num_workers", "1", "--global_batch_size", "3
 
 @pytest.fixture(scope="module")
 def whole(runs, server):
-    """Nine steps of a recipe without a break."""
+    """A dozen steps of a recipe without a break."""
     return {
         name: train(
-            runs / f"whole-{name}", *FLAGS, "--max_steps", "9", recipe=ROOT / f"recipes/{name}.py", server=server
+            runs / f"whole-{name}", *FLAGS, "--max_steps", "12", recipe=ROOT / f"recipes/{name}.py", server=server
         )
         for name in ("resnet", "resnet_webdataset")
     }
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     ("name", "base", "processes"),
     [
@@ -442,12 +444,13 @@ def test_a_run_goes_on_within_an_epoch_as_if_nothing_had_happened(runs, server, 
     folder, options = runs / f"broken-{name}", {"recipe": ROOT / f"recipes/{name}.py", "server": server}
     train(folder, *FLAGS, "--max_steps", "6", "--checkpointing_steps", "5", **options)
     shutil.rmtree(folder / "checkpoints/step-00000006")  # as if it had been killed: what is left is of within the loop
-    run = train(folder, *FLAGS, "--max_steps", "9", num_processes=processes, **options)
+    run = train(folder, *FLAGS, "--max_steps", "12", num_processes=processes, **options)
     assert "resumed at step 5 of 440" in run.text
     assert run.summary["world_size"] == processes
-    last = json.loads((folder / "checkpoints/step-00000009/state.json").read_text())
+    last = json.loads((folder / "checkpoints/step-00000012/state.json").read_text())
     assert (last["loader"] is not None) == (name == "resnet_torchdata")
-    assert run.series("step") == [*range(1, 10), 9]
+    assert run.series("step") == [*range(1, 13), 12]
+    golden.compare(f"{name}, ddp {processes}", run)
     assert (run.config["decoder"] == "DALI") == (name == "resnet_dali")
     assert run.series("samples_digest") == whole[base].series("samples_digest")
     np.testing.assert_allclose(run.series("loss"), whole[base].series("loss"), rtol=1e-5)

@@ -3,6 +3,7 @@
 
 from functools import partial
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -75,12 +76,15 @@ def test_the_digest_of_each_step_does_not_depend_on_topology(topologies):
     assert all(series == reference for series in digests.values()), digests
 
 
+@pytest.mark.golden
 def test_with_group_norm_the_losses_agree_to_rounding_on_any_topology(topologies):
     reference = np.array(topologies[1, 1].series("loss"))
     assert reference[0] > 2.2
     for name, run in topologies.items():
         np.testing.assert_allclose(run.series("loss")[:10], reference[:10], rtol=2e-5, err_msg=str(name))
         np.testing.assert_allclose(run.series("grad_norm")[:10], topologies[1, 1].series("grad_norm")[:10], rtol=2e-3)
+        # At this rate a ResNet makes more of the rounding in which processors differ with each step.
+        golden.compare(f"resnet, ddp {name[0]}, accumulation {name[1]}", run, steps=5)
 
 
 def test_the_learning_rate_does_not_depend_on_the_number_of_processes(topologies):

@@ -193,7 +193,7 @@ class Cluster:
 
     def output(self, *words: str) -> str:
         process = self.command(*words)
-        assert process.returncode == 0, process.stdout + process.stderr
+        assert process.returncode == 0, process
         return process.stdout.strip()
 
     def states(self) -> set[str]:
@@ -219,6 +219,11 @@ class Job:
     @property
     def state(self) -> str:
         return self.fields["JobState"]
+
+    def gone(self) -> bool:
+        """Whether no task of it waits or runs. Slurm 22.05's squeue was seen to fail without a word: ask again."""
+        answer = self.cluster.command("squeue", "-h", "-j", str(self.number))
+        return answer.returncode == 0 and not answer.stdout.strip()
 
     def update(self, *changes: str) -> None:
         self.cluster.output("scontrol", "update", f"JobId={self.number}", *changes)
@@ -252,7 +257,7 @@ def wait_for(condition: Callable, what: str, seconds: float = MOST_SECONDS):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)  # most conditions ask scontrol, which is a process each time
     return value
 
 

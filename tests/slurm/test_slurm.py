@@ -351,7 +351,7 @@ def test_sweep(jobs):
     lines = [f"--seed {seed} --max_steps 1 --output_dir '{ODD.replace(chr(39), '')}/{seed}'" for seed in range(1, 5)]
     (jobs.folder / "my sweep.txt").write_text("\n".join(lines) + "\n")
     job = jobs.submit("sweep", "--array=1-4", flags=("@my sweep.txt",))
-    wait_for(lambda: not job.cluster.output("squeue", "-h", "-j", str(job.number)), "the array")
+    wait_for(job.gone, "the array")
     for seed in range(1, 5):
         result = Result(None, jobs.folder / ODD.replace("'", "") / str(seed))
         assert result.summary["status"] == "finished"
@@ -408,7 +408,7 @@ def test_chain_by_an_array(jobs, local):
     job = jobs.submit("array", "--no-requeue", "--array=1-2%1")
     jobs.wait_for_step("array", 5, job)
     jobs.interrupt(job, pause, "--signal=USR1", task="_1")
-    wait_for(lambda: not job.cluster.output("squeue", "-h", "-j", str(job.number)), "the array")
+    wait_for(job.gone, "the array")
     logs = "".join(path.read_text() for path in sorted(jobs.folder.glob("recipes-*.log")))
     assert logs.count("the next job of the chain goes on") == 1
     assert "resumed at step 6" in logs
