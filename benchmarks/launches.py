@@ -113,7 +113,7 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
     model, pipeline, optimizer, scheduler = build(recipe, accelerator, config)
     flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
     run_config = RunConfig(output_dir=str(folder / "run"), **flags)
-    data = SimpleNamespace(dataset=blank_images(config), order=SimpleNamespace(steps_per_epoch=STEPS))
+    data = SimpleNamespace(dataset=blank_images(config), order=SimpleNamespace(steps_per_epoch=STEPS), decoder=None)
     run = Run(accelerator, run_config, config, data, data)
     images = config.global_batch_size // data_parallel(accelerator)[1]
     size, device = config.image_size, accelerator.device
