@@ -41,6 +41,8 @@ if seen[0] == os.environ.get("FAIL_EARLY", "none"):
 
 def pace(step):
     while (pathlib.Path(__file__).parent / f"stop-at-{step}").exists():
+        if seen[0] == "0":
+            (pathlib.Path(__file__).parent / f"stopped-at-{step}").touch()
         time.sleep(0.1)
     if (seen[0], str(step)) == (os.environ.get("FAIL_ON"), "2"):
         raise RuntimeError("planted failure")
@@ -90,6 +92,7 @@ class Jobs:
     def stop_at(self, step: int) -> Path:
         """Training waits before this step's backward until the file is gone."""
         path = self.folder / f"stop-at-{step}"
+        (self.folder / f"stopped-at-{step}").unlink(missing_ok=True)
         path.touch()
         return path
 
@@ -100,14 +103,12 @@ class Jobs:
         time.sleep(WATCH_SECONDS)
         pause.unlink()
 
-    def wait_for_step(self, name: str, step: int, job: Job) -> None:
-        metrics = self.folder / ODD / name / "metrics.jsonl"
-
-        def reached() -> bool:
-            return metrics.exists() and len(metrics.read_text().splitlines()) >= step
-
-        wait_for(lambda: reached() or job.state in ENDED, f"step {step} of job {job.number}")
-        assert reached(), job.log
+    def wait_for_step(self, step: int, job: Job) -> None:
+        """Until rank 0 waits where stop_at(step) stops it: a line of metrics.jsonl comes before the run has looked for
+        reasons to end."""
+        stopped = self.folder / f"stopped-at-{step}"
+        wait_for(lambda: stopped.exists() or job.state in ENDED, f"step {step} of job {job.number}")
+        assert stopped.exists(), job.log
 
 
 @pytest.fixture
@@ -271,14 +272,14 @@ def test_signals(jobs, local):
     """To the steps, then to the batch shell alone."""
     pause = jobs.stop_at(5)
     job = jobs.submit("signals")
-    jobs.wait_for_step("signals", 5, job)
+    jobs.wait_for_step(5, job)
     jobs.interrupt(job, pause, "--signal=USR1")
     job.wait_requeued(1)
     assert jobs.result("signals").summary["stop_reason"] == "signal"
     assert jobs.result("signals").summary["steps"] == 6
     pause = jobs.stop_at(8)
     job.go_on()
-    jobs.wait_for_step("signals", 8, job)
+    jobs.wait_for_step(8, job)
     jobs.interrupt(job, pause, "--batch", "--signal=USR2")
     job.wait_requeued(2)
     assert jobs.result("signals").summary["steps"] == 9
@@ -294,11 +295,11 @@ def test_cancelled_job_saves_and_its_chain_goes_on(jobs, local):
     chain = ["--no-requeue", "--job-name=chain", "--dependency=singleton"]
     pause = jobs.stop_at(5)
     first, second, third = (jobs.submit("chain", *chain) for _ in range(3))
-    jobs.wait_for_step("chain", 5, first)
+    jobs.wait_for_step(5, first)
     later = jobs.stop_at(9)
     jobs.interrupt(first, pause, "--signal=USR1")
     assert "the next job of the chain goes on" in first.wait_completed().log
-    jobs.wait_for_step("chain", 9, second)
+    jobs.wait_for_step(9, second)
     second.cluster.output("scancel", str(second.number))
     time.sleep(1)  # SIGTERM goes by two shells and a launcher
     later.unlink()
@@ -313,7 +314,7 @@ def test_lost_node(jobs, local):
     """All processes of one of three nodes are killed: the others name the peer, and the run goes on elsewhere."""
     pause = jobs.stop_at(6)
     job = jobs.submit("lost", "--nodes=3", flags=("--global_batch_size", "63"))
-    jobs.wait_for_step("lost", 6, job)
+    jobs.wait_for_step(6, job)
     nodes = job.cluster.output("scontrol", "show", "hostnames", job.fields["NodeList"]).split()
     job.cluster.kill_node(nodes[1])
     try:
@@ -363,7 +364,7 @@ def test_a_process_that_is_killed_is_named(jobs):
     """And not its peer, which has left the only traceback; there is no restart."""
     pause = jobs.stop_at(3)
     job = jobs.submit("killed", "--nodes=2")
-    jobs.wait_for_step("killed", 3, job)
+    jobs.wait_for_step(3, job)
     for pid in job.cluster.processes("RANK=1", f"SLURM_JOB_ID={job.number}"):
         os.kill(pid, signal.SIGKILL)
     pause.unlink()
@@ -378,7 +379,7 @@ def test_ends_without_a_restart(jobs, local):
     """No restart is left; a crash before the run opens, beside the summary of that interruption; a STOP file."""
     pause = jobs.stop_at(3)
     job = jobs.submit("ends", RECIPES_MAX_RESTARTS="0")
-    jobs.wait_for_step("ends", 3, job)
+    jobs.wait_for_step(3, job)
     jobs.interrupt(job, pause, "--signal=USR1")
     job.wait_until("FAILED")
     assert job.log.rstrip().endswith(
@@ -392,7 +393,7 @@ def test_ends_without_a_restart(jobs, local):
     assert log[-1] == "ModuleNotFoundError: No module named 'no_such_library'"
     pause = jobs.stop_at(5)
     last = jobs.submit("ends")
-    jobs.wait_for_step("ends", 5, last)
+    jobs.wait_for_step(5, last)
     (jobs.folder / ODD / "ends/STOP").touch()
     time.sleep(WATCH_SECONDS)
     pause.unlink()
@@ -406,7 +407,7 @@ def test_chain_by_an_array(jobs, local):
     """As docs/jean_zay.md gives it: tasks one after the other, of one run."""
     pause = jobs.stop_at(5)
     job = jobs.submit("array", "--no-requeue", "--array=1-2%1")
-    jobs.wait_for_step("array", 5, job)
+    jobs.wait_for_step(5, job)
     jobs.interrupt(job, pause, "--signal=USR1", task="_1")
     wait_for(job.gone, "the array")
     logs = "".join(path.read_text() for path in sorted(jobs.folder.glob("recipes-*.log")))
