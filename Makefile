@@ -38,7 +38,7 @@ test-oldest: setup  ## two steps of every recipe with the oldest versions of pyp
 	VIRTUAL_ENV=$(CURDIR)/.venv-oldest $(BIN)/uv pip install --quiet --compile-bytecode --resolution lowest-direct -r pyproject.toml $(OLDEST:%=--extra %)
 	.venv-oldest/bin/python benchmarks/oldest.py
 
-golden: setup  ## write tests/golden again: the curves that no rebuilding may move, where they are meant to move
+golden: setup  ## record tests/golden again, after a change that is meant to move the loss curves
 	RECORD_GOLDEN=1 $(BIN)/python -m pytest -m golden --numprocesses 2 --dist loadfile
 
 soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/

@@ -73,8 +73,6 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     shape = _mesh_shape(config)
     _check_recipes_keys()
     _check_descriptors()
-    if strategy().startswith("zero"):
-        _compile_deepspeed()
     with meeting():
         accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
@@ -182,9 +180,10 @@ def _cores() -> int:
 
 
 def _threads() -> int:
-    """This process's share of the cores; the launcher exports OMP_NUM_THREADS=1 whatever the machine.
+    """Return this process's share of the cores, at most OMP_THREAD_LIMIT. OMP_NUM_THREADS is not read: the launcher
+    sets it to 1 on every machine.
 
-    Where OpenMP gives fewer than torch was told, torch's sums are wrong (2.15: a gradient norm of inf).
+    With more threads than OpenMP's limit torch 2.15 computes wrong sums: a gradient norm of inf was seen.
     """
     share = max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     limit = os.environ.get("OMP_THREAD_LIMIT", "")
@@ -260,15 +259,6 @@ def _parallelism_config() -> ParallelismConfig | None:
     if strategy() != "hsdp":
         return None
     return ParallelismConfig(dp_replicate_size=_replicas(), dp_shard_size=world_size() // _replicas())
-
-
-def _compile_deepspeed() -> None:
-    """What DeepSpeed would compile, for minutes at its first time, as the processes meet."""
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")  # None on a GPU
-    if builder and builder.is_compatible(verbose=False):
-        builder.load(verbose=False)
 
 
 def _configure_deepspeed(accelerator: Accelerator, config) -> None:

@@ -44,7 +44,7 @@ class Interruption:
         self.message = None
         if self.watches:
             self.stop_file.unlink(missing_ok=True)  # it was meant for a former start
-        # torchrun passes SIGHUP on to its workers, and kills them 30 s later, even where nohup lets others ignore it.
+        # torchrun handles SIGHUP even under nohup: it passes the signal to its workers, and kills them 30 s later.
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
         for number in SIGNALS:
             if number != signal.SIGHUP or not nohup:

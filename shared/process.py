@@ -18,7 +18,7 @@ from pathlib import Path
 class UserError(ValueError):
     """What the person at the keyboard can put right: printed as one line, without a traceback."""
 
-    alone = False  # seen by this process and by no other, so that rank 0 will not say it
+    alone = False  # whether only this process has seen it: rank 0 will not report it
 
 
 class _Stream(io.FileIO):

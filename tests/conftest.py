@@ -58,7 +58,7 @@ class Result:
 def environment(**more: str) -> dict[str, str]:
     """This process's, without what a launcher, pytest or torch.compile may have left in it.
 
-    One thread a process: threads that share a core with other processes' mostly wait for each other.
+    One thread per process: on a shared machine the threads of one process mostly wait for each other.
     """
     left = ("ACCELERATE_", "PYTHONPATH", "OMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
@@ -126,7 +126,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def deepspeeds_parts(worker_id) -> Iterator[None]:
-    """Made beside the other tests of a whole suite."""
+    """Build them in the background while other tests run."""
     if worker_id != "gw0":
         yield
         return

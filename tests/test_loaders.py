@@ -123,19 +123,8 @@ def test_every_map_style_loader_gives_the_batches_of_the_base(
 
 def test_training_ends_alike_from_every_format(packed, runs, server):
     """The base recipe into its second epoch: losses, digests and accuracies to the last bit."""
-    flags = [
-        "--epochs",
-        "4",
-        "--max_steps",
-        "13",
-        "--image_size",
-        "8",
-        "--global_batch_size",
-        "128",
-        "--logging_steps",
-        "1",
-    ]
-    flags += ["--num_workers", "1", "--report_to", "none"]
+    flags = ["--epochs", "4", "--max_steps", "13", "--image_size", "8", "--global_batch_size", "128"]
+    flags += ["--logging_steps", "1", "--num_workers", "1", "--report_to", "none"]
     series = {}
     for kind in FORMATS:
         run = train(runs / f"format-{kind}", *flags, "--data", str(packed[kind]), server=server)

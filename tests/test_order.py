@@ -83,7 +83,7 @@ def test_with_group_norm_the_losses_agree_to_rounding_on_any_topology(topologies
     for name, run in topologies.items():
         np.testing.assert_allclose(run.series("loss")[:10], reference[:10], rtol=2e-5, err_msg=str(name))
         np.testing.assert_allclose(run.series("grad_norm")[:10], topologies[1, 1].series("grad_norm")[:10], rtol=2e-3)
-        # At this rate a ResNet makes more of the rounding in which processors differ with each step.
+        # At this learning rate a ResNet amplifies rounding, in which processors differ, with each step.
         golden.compare(f"resnet, ddp {name[0]}, accumulation {name[1]}", run, steps=5)
 
 

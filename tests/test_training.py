@@ -57,6 +57,7 @@ def test_the_configuration_records_what_made_the_run(demo):
     assert config["launcher"]["ACCELERATE_MIXED_PRECISION"] == "no"
     assert config["classes"] == list("0123456789")
     assert config["world_size"] == 1
+    assert config["threads"] == 1  # the suite's OMP_THREAD_LIMIT, not this machine's cores
 
 
 def test_evaluation_equals_a_plain_loop_to_the_last_sample(demo):

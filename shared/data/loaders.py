@@ -385,7 +385,7 @@ def _end(line: str, reason: str) -> None:
 
 
 def _failed(line: str) -> UserError:
-    """To raise, or to give to one_line: what this process alone has seen."""
+    """Return an error that only this process has seen: its message names the rank."""
     rank = os.environ.get("RANK", "0")
     error = UserError(line if rank == "0" else f"rank {rank}: {line}")
     error.alone = True

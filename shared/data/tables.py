@@ -117,9 +117,5 @@ def _cast(kind: type) -> str:
 
 def class_numbers(column, count: int, where: str) -> np.ndarray:
     """(N,) int64 of a pyarrow column of labels; -1 where it is null or names none of the `count` classes."""
-    import pyarrow as pa
-
-    if not pa.types.is_integer(column.type):
-        raise UserError(f"{where} holds {column.type}, which is no number of a class. Write it as a ClassLabel.")
     labels = np.asarray(column.fill_null(-1), dtype=np.int64)
     return np.where((labels >= 0) & (labels < count), labels, -1)
