@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", help="torchvision's name")
     parser.add_argument("--processes", type=int, default=2, help="of one machine")
     parser.add_argument("--rounds", type=int, default=7, help="of each kind, after one that warms up")
-    parser.add_argument(
-        "--checks", type=int, default=10, help="measurements of a check's cost, 50 steps each"
-    )
+    parser.add_argument("--checks", type=int, default=10, help="measurements of a check's cost, 50 steps each")
     parser.add_argument("--starts", type=int, default=5, help="pairs of starts of the recipe")
     parser.add_argument("--folder", default=".", help="where to write: the file system that is measured")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
