@@ -15,7 +15,7 @@ from pathlib import Path
 
 from report import ROOT, median_and_spread, table, write
 
-from shared.process import die_with_parent
+from shared.lifetime import die_with_parent
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/local_ddp.yaml"]
 FIGURES = ("accuracy", "seconds", "samples_per_second", "peak_memory_bytes")

@@ -23,7 +23,8 @@ from report import median_and_spread, table, write
 from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator
-from shared.config import UserError, parse
+from shared.config import parse
+from shared.errors import UserError
 
 MIB = 2**20
 BUCKET_BYTES = 25 * MIB  # DDP's default

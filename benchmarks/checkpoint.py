@@ -31,8 +31,8 @@ import resnet
 
 from shared.accelerator import build_accelerator
 from shared.checkpoint import Checkpoints, checkpoints, read_manifest
-from shared.interruption import Interruption
-from shared.process import die_with_parent, expand_home
+from shared.config import expand_home
+from shared.lifetime import Interruption, die_with_parent
 
 STEP_SECONDS = 0.1
 BEFORE = 9  # steps before a resume: within an epoch

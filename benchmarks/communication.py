@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shared.vit import SIZES
+from shared.models.vit import SIZES
 
 STRATEGIES = launches.STRATEGIES | {
     "tp": Strategy("vit_tp", "tp", (2,), lambda ranks: {"tensor_parallel_size": 2}),

@@ -24,7 +24,7 @@ from pathlib import Path
 from loaders import photographs
 from report import ROOT, cores, median_and_spread, table, write
 
-from shared.process import die_with_parent
+from shared.lifetime import die_with_parent
 
 WARMUP, WINDOW = 40, 10  # steps
 

@@ -21,13 +21,14 @@ from pathlib import Path
 
 from report import ROOT, median_and_spread, table, write
 
-from shared.process import die_with_parent
+from shared.lifetime import die_with_parent
 
 OPEN = """
 import sys, time, psutil
 sys.path.insert(0, "{root}")
 from accelerate import PartialState
-from shared.data import TrainingOrder, open_data
+from shared.images import open_data
+from shared.order import TrainingOrder
 PartialState()
 before = psutil.Process().memory_full_info().uss
 begin = time.perf_counter()

@@ -26,7 +26,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 from conftest import environment
 from slurm.cluster import Cluster, Job, missing
 
-from shared.process import die_with_parent
+from shared.lifetime import die_with_parent
 
 FLAGS = ["--max_steps", "1", "--logging_steps", "1", "--num_workers", "0", "--report_to", "none"]
 RECIPE = str(ROOT / "recipes/vit.py")

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from report import ROOT, table, write
 
-from shared.process import die_with_parent
+from shared.lifetime import die_with_parent
 
 # name: topology, recipe, the launcher's flags, the recipe's flags
 CASES = {

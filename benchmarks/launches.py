@@ -24,13 +24,14 @@ from report import ROOT
 sys.path.insert(0, str(ROOT / "recipes"))
 sys.path.insert(0, str(ROOT / "tools"))  # for memory_estimate
 
-from shared.accelerator import build_accelerator, data_parallel
+from shared.accelerator import build_accelerator
+from shared.collectives import data_parallel
 from shared.config import RunConfig
-from shared.data import Batch, Source, Views
-from shared.data.storage import Pixels
-from shared.process import die_with_parent
-from shared.tracking import Run
-from shared.vit import SIZES, VisionTransformer, vit_config
+from shared.images import Batch, Source, Views
+from shared.images.storage import Pixels
+from shared.lifetime import die_with_parent
+from shared.models.vit import SIZES, VisionTransformer, vit_config
+from shared.run import Run
 
 CLASSES, STEPS, BATCH = 1000, 1000, 4
 REPLICAS = 2  # of local_hsdp.yaml

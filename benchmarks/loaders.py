@@ -48,11 +48,14 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import resnet_dali
 import resnet_torchdata
 import resnet_webdataset
+from shared.images.streams import read_streams
 
-from shared.data import Batch, Loader, TrainingOrder, Views, decode, open_data, training_view
-from shared.data.loaders import MEAN, PREFETCH, STD, WorkerLoader
-from shared.data.streams import read_streams
-from shared.process import UserError, die_with_parent, expand_home
+from shared.config import expand_home
+from shared.errors import UserError
+from shared.images import Batch, Loader, Views, decode, open_data, training_view
+from shared.images.loader import MEAN, PREFETCH, STD, WorkerLoader
+from shared.lifetime import die_with_parent
+from shared.order import TrainingOrder
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -174,8 +177,8 @@ def decode_only(args: argparse.Namespace) -> Epoch:
 
 def ours(args: argparse.Namespace, store: str, read: Callable = WorkerLoader, without: tuple[str, ...] = ()) -> Epoch:
     """A recipe's loader. without: libraries that are taken for not installed."""
-    for library in without:
-        setattr(decode, library, None)
+    for library in without:  # `library` is crop_jpeg.c's
+        setattr(decode, library, (lambda: None) if library == "library" else None)
     if read is read_streams:
         shuffle = partial(resnet_webdataset.shuffle, buffer=256)
         read = partial(read, num_streams=max(1, args.num_workers), shuffle=shuffle, **STREAMS)
@@ -311,8 +314,8 @@ LOADERS: dict[str, tuple[Callable, str]] = {
     "shared_folder": (partial(ours, store="folder"), "torch"),
     "shared_tar": (partial(ours, store="tar"), "torch"),
     "shared_parquet": (partial(ours, store="parquet"), "datasets"),
-    "shared_tar_simplejpeg": (partial(ours, store="tar", without=("native",)), "simplejpeg"),
-    "shared_tar_pil": (partial(ours, store="tar", without=("native", "simplejpeg")), "torch"),
+    "shared_tar_simplejpeg": (partial(ours, store="tar", without=("library",)), "simplejpeg"),
+    "shared_tar_pil": (partial(ours, store="tar", without=("library", "simplejpeg")), "torch"),
     "shared_webdataset": (partial(ours, store="tar", read=read_streams), "webdataset"),
     "shared_torchdata": (partial(ours, store="tar", read=resnet_torchdata.read_nodes), "torchdata"),
     "shared_dali": (partial(ours, store="tar", read=resnet_dali.Dali), "nvidia.dali"),

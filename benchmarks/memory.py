@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.accelerator import MESH
-from shared.vit import SIZES
+from shared.models.vit import SIZES
 
 GIB = 2**30
 STRATEGIES = launches.STRATEGIES | {"zero3_offload": launches.STRATEGIES["zero3"]._replace(config="zero3_offload")}

@@ -14,7 +14,7 @@ import time
 
 from report import ROOT, table, write
 
-from shared.process import die_with_parent
+from shared.lifetime import die_with_parent
 
 
 def main() -> int:

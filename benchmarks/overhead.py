@@ -26,8 +26,8 @@ import resnet
 
 from shared.accelerator import build_accelerator
 from shared.config import RunConfig, parse
-from shared.data.loaders import MEAN, STD, Views
-from shared.tracking import Run
+from shared.images.loader import MEAN, STD, Views
+from shared.run import Run
 
 
 def main() -> None:

@@ -9,7 +9,7 @@
 Each rung adds to the former: fp32, tf32, amp (bf16; fp16 with a scaler before Ampere), channels_last, compile. Each is
 measured at rising batch sizes until memory runs out. The network, the optimizer and the loss are those of
 recipes/resnet.py or recipes/vit.py (no channels_last; compile by block); random uint8 images lie on the device and are
-normalised there in every step, as shared/data/loaders.py does it: no input pipeline. Writes
+normalised there in every step, as shared/images/loader.py does it: no input pipeline. Writes
 benchmarks/results/throughput_<hardware>_<date>.json.
 """
 
@@ -33,8 +33,8 @@ import resnet
 import vit
 
 from shared.accelerator import LEAST_CAPABILITY
-from shared.data.loaders import MEAN, STD
-from shared.vit import SIZES
+from shared.images.loader import MEAN, STD
+from shared.models.vit import SIZES
 
 RUNGS = ["fp32", "tf32", "amp", "channels_last", "compile"]
 ON_GPU = torch.cuda.is_available()

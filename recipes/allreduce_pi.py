@@ -21,7 +21,8 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator
-from shared.config import UserError, parse
+from shared.config import parse
+from shared.errors import UserError
 
 MOST = 10**8  # intervals: 8 bytes each, in four arrays, on one process
 

@@ -39,13 +39,16 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
-from shared.config import RunConfig, UserError, parse, say
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
-from shared.data.decode import intact, plain_jpeg, render, scaled
+from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
+from shared.collectives import data_parallel
+from shared.config import RunConfig, parse
+from shared.errors import UserError, say
+from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.images.decode import intact, plain_jpeg, render, scaled
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
-from shared.tracking import Run
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 FED = ("jpegs", "starts", "ends")  # each image's bytes, and (top, left) and (bottom, right) of its crop
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]

@@ -44,16 +44,19 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
-from shared.config import RunConfig, UserError, parse
-from shared.data import EvaluationOrder, Loader, Source, TrainingOrder, Views, evaluation_view, training_view
-from shared.data.sources import open_data as open_files
-from shared.data.sources import train_and_held_out
-from shared.data.tables import open_rows, read_columns
-from shared.data.tree import pair, read_layout, tree_of_folder
+from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
+from shared.collectives import data_parallel
+from shared.config import RunConfig, parse
+from shared.errors import UserError
+from shared.images import Loader, Source, Views, evaluation_view, training_view
+from shared.images.sources import open_data as open_files
+from shared.images.sources import train_and_held_out
+from shared.images.tables import open_rows, read_columns
+from shared.images.tree import pair, read_layout, tree_of_folder
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
-from shared.tracking import Run
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 # Compute nodes have no network. `datasets` reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -39,14 +39,17 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, settle_buckets
+from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
 from shared.checkpoint import read_state
-from shared.config import RunConfig, UserError, parse
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
-from shared.data.loaders import WorkerLoader, worker_options
+from shared.collectives import data_parallel
+from shared.config import RunConfig, parse
+from shared.errors import UserError
+from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.images.loader import WorkerLoader, worker_options
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
-from shared.tracking import Run
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 

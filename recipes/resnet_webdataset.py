@@ -8,7 +8,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a ResNet from tar shards that webdataset streams: each process reads its files from end to end.
 
-Base: resnet.py. Changes: read_shards, shuffle, write_digits, build_loaders.
+Base: resnet.py. Changes: Streams, places, Joined, read_streams, read_shards, shuffle, write_digits, build_loaders.
+Longer than 250 lines: the readers, which keep the samples of a step on any number of processes, are the lesson.
 
     python recipes/resnet_webdataset.py                                       # a laptop, the digits
     L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
@@ -32,7 +33,11 @@ worker, images/s of a core at 224 px: 680, against 881 of the same shards at ran
 210 of webdataset with PIL, as its examples use it (benchmarks/results/loaders_cpu2_2026-11-26.json).
 """
 
+import copy
+import itertools
 import os
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -41,22 +46,29 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, on_main_process, settle_buckets
-from shared.config import RunConfig, UserError, parse
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
-from shared.data.index import cache_folder
-from shared.data.shards import image_kind
-from shared.data.streams import read_streams
-from shared.locks import make_once
+from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
+from shared.collectives import data_parallel, on_main_process
+from shared.config import RunConfig, parse
+from shared.draws import hash64, random_bits
+from shared.errors import UserError
+from shared.files import make_once
+from shared.images import Batch, Loader, Source, Views, evaluation_view, open_data, training_view
+from shared.images.index import cache_folder
+from shared.images.loader import Candidate, shared_number, start_workers, worker_options
+from shared.images.shards import image_kind
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
-from shared.tracking import Run
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 SHUFFLE_BUFFER = 256  # encoded images of each stream, among which the next one is drawn
 
+# (sample index, what reads it) of each image of a source in some shards, from their first byte to their last.
+Images = Iterator[tuple[int, Callable[[], bytes]]]
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -84,6 +96,137 @@ class Config:
     channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
     compile: bool = HfArg(default=False, help="torch.compile the model")
     num_streams: int = HfArg(default=8, help="parts of the shards that are read side by side, by all processes")
+
+
+class Streams(IterableDataset):
+    """Parts of batches: what one reader, a worker or a process without workers, makes of its streams."""
+
+    def __init__(
+        self,
+        views: Views,
+        rank: int,
+        size: int,
+        num_workers: int,
+        num_streams: int,
+        read_shards: Callable[[Source, Iterable[int]], Images],
+        shuffle: Callable[[Iterator, random.Random], Iterator],
+    ):
+        """Raises UserError where the streams do not divide among the readers, or the batch among the streams."""
+        self.views, self.order, self.num_streams = views, views.order, num_streams
+        self.read_shards, self.shuffle = read_shards, shuffle
+        workers = max(1, num_workers)
+        self.readers, self.first = size * workers, rank * workers
+        self.step = shared_number(num_workers)  # set by the process, seen by its workers
+        index = getattr(views.source.images, "index", None)
+        if index is None:
+            raise UserError("--data has no tar shards, which streams read. Pack it: python tools/pack.py --help.")
+        self.counts = np.bincount(index.shard, minlength=len(index.shards))  # images of each shard
+        if isinstance(self.order, TrainingOrder):
+            self._check(size, workers)
+
+    def _check(self, size: int, workers: int) -> None:
+        if self.order.blocks is not None:
+            raise UserError("--shuffle_block has no use: streams shuffle what lies together. Leave it out.")
+        if len(self.counts) < self.readers:
+            raise UserError(
+                f"{len(self.counts)} shards are fewer than {size} processes x {workers} workers, which read each its "
+                "own. Pack with a smaller --shard_size, or give fewer --num_workers."
+            )
+        if self.num_streams % self.readers:
+            raise UserError(
+                f"--num_streams {self.num_streams} does not divide among {size} processes x {workers} workers. "
+                f"Give a multiple of {self.readers}; with it the order of the images changes."
+            )
+        micro_step = self.order.micro_batch_size * size
+        if micro_step % self.num_streams:
+            raise UserError(
+                f"--num_streams {self.num_streams} does not divide the {micro_step} images of a micro-step (global "
+                "batch over the accumulation steps). Change one of them."
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        reader = self.first + (worker.id if worker else 0)
+        return self._train(reader) if isinstance(self.order, TrainingOrder) else self._evaluate(reader)
+
+    def _train(self, reader: int) -> Iterator[Batch]:
+        """Equally many images of each of the reader's streams, from the step on."""
+        order = self.order
+        epoch, step = divmod(int(self.step), order.steps_per_epoch)
+        share = order.global_batch_size // self.num_streams
+        numbers = range(reader, self.num_streams, self.readers)
+        streams = [places(itertools.islice(self._stream(epoch, number), step * share, None)) for number in numbers]
+        micro_steps = order.share // order.micro_batch_size
+        for _ in range((order.steps_per_epoch - step) * micro_steps):
+            yield self.views.fill([next(places) for places in streams for _ in range(share // micro_steps)])
+
+    def _stream(self, epoch: int, number: int) -> Iterator[Candidate]:
+        """The shuffled piece of one stream, then the images that lie behind it."""
+        views = self.views
+        shards = np.argsort(random_bits(len(self.counts), views.seed, epoch), kind="stable")
+        ends = np.cumsum(self.counts[shards])
+        length = views.order.steps_per_epoch * views.order.global_batch_size // self.num_streams
+        first = int(np.searchsorted(ends, number * length, side="right"))  # the shard in which the piece begins
+        skipped = int(number * length - (ends[first] - self.counts[shards[first]]))
+        images = self.read_shards(views.source, np.roll(shards, -first).tolist())
+        candidates = (Candidate(epoch, *image) for image in itertools.islice(images, skipped, None))
+        rng = random.Random(hash64(views.seed, epoch, number))
+        yield from self.shuffle(itertools.islice(candidates, length), rng)
+        yield from candidates
+
+    def _evaluate(self, reader: int) -> Iterator[Batch]:
+        """The reader's shards, each image once; then empty places, until every reader is done."""
+        size = -(-self.order.batch_size * self.order.size // self.readers)
+        batches = max(-(-int(self.counts[first :: self.readers].sum()) // size) for first in range(self.readers))
+        images = self.read_shards(self.views.source, range(reader, len(self.counts), self.readers))
+        candidates = (Candidate(0, *image) for image in images)
+        for _ in range(batches):
+            yield self.views.fill([itertools.islice(candidates, 1) for _ in range(size)])
+
+
+def places(stream: Iterator[Candidate]) -> Iterator[Iterator[Candidate]]:
+    """For each image of a stream the candidates for its place: itself and, should it be torn, those that follow."""
+    (stream,) = itertools.tee(stream, 1)
+    while True:
+        ahead = copy.copy(stream)  # reads on from here, while the stream stays where it is
+        others = (other._replace(counts=False) for other in itertools.islice(ahead, 1, None))
+        yield itertools.chain([next(stream)], others)
+
+
+class Joined:
+    """Whole batches on the device, from the parts of this process's readers."""
+
+    def __init__(self, streams: Streams, num_workers: int, device: torch.device):
+        self.streams, self.workers, self.device = streams, max(1, num_workers), device
+        self.parts = DataLoader(streams, batch_size=None, **worker_options(num_workers, device))
+        start_workers(self.parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.streams.step.fill_(getattr(self.streams.order, "step", 0))
+        parts = iter(self.parts)
+        for batch in zip(*[parts] * self.workers, strict=True):
+            columns = list(zip(*batch, strict=True))
+            tensors = (torch.cat([part.to(self.device, non_blocking=True) for part in parts]) for parts in columns[:5])
+            indices = torch.cat(columns[8])
+            yield Batch(*tensors, digest=sum(columns[5]), torn=sum(columns[6], ()), indices=indices)
+
+
+def read_streams(
+    views: Views,
+    num_workers: int,
+    device: torch.device,
+    rank: int,
+    size: int,
+    num_streams: int,
+    read_shards: Callable[[Source, Iterable[int]], Images],
+    shuffle: Callable[[Iterator, random.Random], Iterator],
+) -> Iterable[Batch]:
+    """Batches of the streams, for a Loader's `read`.
+
+    read_shards: gives the images of a source in shards of these numbers. shuffle: gives the items of an iterator in
+    another order, by what it draws from the random state alone. rank, size: data-parallel.
+    """
+    return Joined(Streams(views, rank, size, num_workers, num_streams, read_shards, shuffle), num_workers, device)
 
 
 def read_shards(source, shards):

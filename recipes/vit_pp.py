@@ -8,7 +8,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, times data parallelism.
 
-Base: vit.py. Changes: parallelize, step, last, average, clip_grad_norm, train_one_epoch, evaluate, check_sizes, main.
+Base: vit.py. Changes: Stage, MeasuredStage, stage_table, parallelize, step, last, average, clip_grad_norm,
+train_one_epoch, evaluate, check_sizes, main.
+Longer than 250 lines: a stage that measures itself is a part of the lesson.
 
     L="accelerate launch --config_file accelerate_configs/local_pp.yaml"
     $L recipes/vit_pp.py                                            # two stages, one a process
@@ -21,34 +23,42 @@ and keep the activations of m (GPipe) or p of them (1F1B): the run ends with bot
 of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import distributed
-from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision, world_size
-from shared.config import RunConfig, UserError, parse
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.accelerator import build_accelerator, micro_batch_size
+from shared.collectives import data_parallel
+from shared.config import RunConfig, parse
+from shared.errors import UserError
+from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.launch import mixed_precision, world_size
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, parameter_groups
-from shared.pipeline import MeasuredStage, stage_table
-from shared.tracking import Run
-from shared.vit import (
-    Stage,
+from shared.models.vit import (
     VisionTransformer,
+    check_transformers,
     find_pretrained,
     init_weights,
     load_pretrained,
     network_sizes,
     pixel_statistics,
+    run_blocks,
     vit_config,
 )
+from shared.optim import build_scheduler, parameter_groups
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 
 @dataclass
@@ -119,6 +129,103 @@ def build_optimizer(model, config, steps_per_epoch):
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
     return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
+
+
+class Stage(nn.Module):
+    """The consecutive blocks of one pipeline stage, under the whole network's parameter names."""
+
+    def __init__(self, model: VisionTransformer, number: int, stages: int):
+        super().__init__()
+        blocks = len(model.vit.layers)
+        self.config = model.config
+        mine = range(blocks * number // stages, blocks * (number + 1) // stages)
+        self.vit = nn.Module()
+        self.vit.embeddings = model.vit.embeddings if number == 0 else None
+        self.vit.layers = nn.ModuleDict({str(block): model.vit.layers[block] for block in mine})
+        self.vit.layernorm = model.vit.layernorm if number == stages - 1 else None
+        self.classifier = model.classifier if number == stages - 1 else None
+
+    def forward(self, x: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) or the former stage's (B, tokens, width), to the next one's or to logits."""
+        x = x if self.vit.embeddings is None else self.vit.embeddings(x)
+        x = run_blocks(self, ((int(name), block) for name, block in self.vit.layers.items()), x, sample_seeds)
+        return x if self.classifier is None else self.classifier(self.vit.layernorm(x)[:, 0])
+
+
+class MeasuredStage(PipelineStage):
+    """torch's stage; while `measuring`, it notes the seconds it computes and the bytes that wait for a backward."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.measuring, self.waiting, self.chunk_bytes = False, 0, 0
+        self.busy, self.most_waiting, self.idle = 0.0, 0, 0.0
+
+    @contextlib.contextmanager
+    def measure(self, wanted: bool) -> Iterator[None]:
+        """Around one call of the schedule."""
+        self.measuring, self.busy, self.most_waiting, begin = wanted, 0.0, 0, time.perf_counter()
+        yield
+        if wanted:
+            self.measuring = False
+            self.idle = 1 - self.busy / (time.perf_counter() - begin)
+
+    def forward_one_chunk(self, *arguments, **keywords):
+        if not (self.measuring and torch.is_grad_enabled()):
+            return super().forward_one_chunk(*arguments, **keywords)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.submod.parameters()}
+        kept = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            result = self._timed(super().forward_one_chunk, arguments, keywords)
+        self.chunk_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+        return result
+
+    def backward_one_chunk(self, *arguments, **keywords):
+        if not self.measuring:
+            return super().backward_one_chunk(*arguments, **keywords)
+        self.waiting -= 1
+        return self._timed(super().backward_one_chunk, arguments, keywords)
+
+    def _timed(self, function, arguments, keywords):
+        begin = time.perf_counter()
+        result = function(*arguments, **keywords)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self.busy += time.perf_counter() - begin
+        return result
+
+
+def stage_table(accelerator: Accelerator, stage: MeasuredStage, schedule: str, chunks: int) -> str:
+    """A line for each stage of the first replica, measured and in theory; every process must call it.
+
+    Theory: stage s of p idles (p - 1) / (m + p - 1) of a step of m chunks (Huang et al., arXiv:1811.06965), and keeps
+    the activations of m chunks under gpipe, of min(m, p - s) under 1f1b (Narayanan et al., arXiv:2104.04473).
+    """
+    stages, number = stage.num_stages, stage.stage_index
+    waiting = chunks if schedule == "gpipe" else min(chunks, stages - number)
+    mine = {
+        "parameters": sum(parameter.numel() for parameter in stage.submod.parameters()),
+        "idle": stage.idle,
+        "kept_bytes": stage.most_waiting * stage.chunk_bytes,
+        "theory_bytes": waiting * stage.chunk_bytes,
+    }
+    rows = [None] * stages
+    torch.distributed.all_gather_object(rows, mine, group=accelerator.mesh["pp"].get_group())
+    bubble = (stages - 1) / (chunks + stages - 1)
+    lines = ["stage  parameters  idle (theory)    activations kept, MiB (theory)"]
+    lines += [
+        f"{index:5}  {row['parameters']:10,}  {row['idle']:5.1%} ({bubble:.1%})   "
+        f"{row['kept_bytes'] / 2**20:17.1f} ({row['theory_bytes'] / 2**20:.1f})"
+        for index, row in enumerate(rows)
+    ]
+    return "\n".join(lines)
 
 
 def parallelize(accelerator, model, config):
@@ -222,6 +329,7 @@ def check_sizes(config):
 
 def main(run_config, config):
     check_sizes(config)
+    check_transformers()
     accelerator = build_accelerator(run_config.seed, config)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch

@@ -40,14 +40,16 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision, strategy
-from shared.config import RunConfig, UserError, parse
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.accelerator import build_accelerator, micro_batch_size
+from shared.collectives import data_parallel
+from shared.config import RunConfig, parse
+from shared.errors import UserError
+from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.launch import mixed_precision, strategy
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
-from shared.tracking import Run
-from shared.vit import (
+from shared.models.vit import (
     VisionTransformer,
+    check_transformers,
     find_pretrained,
     init_weights,
     load_pretrained,
@@ -55,6 +57,9 @@ from shared.vit import (
     pixel_statistics,
     vit_config,
 )
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 STRATEGIES = ("ddp", "fsdp")
 
@@ -222,6 +227,7 @@ def check_sizes(config):
 
 def main(run_config, config):
     check_sizes(config)
+    check_transformers()
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch

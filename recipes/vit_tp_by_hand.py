@@ -38,13 +38,17 @@ from torch.nn.functional import cross_entropy, linear, one_hot
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, mixed_precision
-from shared.config import RunConfig, UserError, parse
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.accelerator import build_accelerator, micro_batch_size
+from shared.collectives import data_parallel
+from shared.config import RunConfig, parse
+from shared.errors import UserError
+from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.launch import mixed_precision
 from shared.metrics import Evaluation
+from shared.models.vit import VisionTransformer, check_transformers, init_weights, initial_value, vit_config
 from shared.optim import build_scheduler, parameter_groups
-from shared.tracking import Run
-from shared.vit import VisionTransformer, init_weights, initial_value, vit_config
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 GROUP = {}  # this process's groups "tp" and "dp"; global as in Megatron, since every layer needs them
 TOLERANCE = 1e-5  # of --check, in fp32
@@ -465,6 +469,7 @@ def refuse(config, sizes):
 
 
 def main(run_config, config):
+    check_transformers()
     accelerator = build_accelerator(run_config.seed, config)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch

@@ -36,15 +36,16 @@ from torch.nn.functional import cross_entropy
 from transformers import ViTForImageClassification, ViTImageProcessor
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, data_parallel, micro_batch_size, strategy
-from shared.checkpoint import ZERO
+from shared.accelerator import build_accelerator, micro_batch_size
+from shared.checkpoint.deepspeed import ZERO
+from shared.collectives import data_parallel
 from shared.config import RunConfig, parse
-from shared.data import EvaluationOrder, Loader, TrainingOrder, Views, evaluation_view, open_data, training_view
+from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.launch import strategy
 from shared.metrics import Evaluation
-from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
-from shared.tracking import Run
-from shared.vit import (
+from shared.models.vit import (
     VisionTransformer,
+    check_transformers,
     find_pretrained,
     initial_value,
     load_pretrained,
@@ -52,6 +53,9 @@ from shared.vit import (
     pixel_statistics,
     vit_config,
 )
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
+from shared.order import EvaluationOrder, TrainingOrder
+from shared.run import Run
 
 STRATEGIES = ("zero1", "zero2", "zero3")
 
@@ -202,6 +206,7 @@ def export(model, loader, checkpoint, folder):
 
 def main(run_config, config):
     network_sizes(config)  # refuses what is not there or does not fit, before the processes meet
+    check_transformers()
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
     train_loader, eval_loader = build_loaders(accelerator, run_config, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch

@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two dataclasses, the run's and the recipe's, become one command line."""
+"""Turn dataclasses, the run's and the recipe's, into one command line."""
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from .launch import settle_variables
-from .process import UserError as UserError
-from .process import begin, expand_home
-from .process import end_workers as end_workers
-from .process import job_folder as job_folder
-from .process import one_line as one_line
-from .process import say as say
-from .process import tell_job as tell_job
+from .errors import UserError, say
+from .launch import rank, settle_variables
+from .lifetime import begin
 
 # What other projects call our flags.
 ALIASES = {
@@ -104,12 +96,10 @@ class RunConfig:
     profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
 
     def source(self) -> tuple:
-        """What shared.data.open_data takes."""
+        """What shared.images.open_data takes."""
         return self.data, self.val_fraction, self.seed, self.shuffle_block, self.image_column, self.label_column
 
 
-IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
-COLUMNS = ("image_column", "label_column")  # they decide where they are given, alone
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
 
 
@@ -127,7 +117,7 @@ def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
         begin()
         settle_variables()
         arguments = sys.argv[1:]
-    if "--help" in arguments and os.environ.get("RANK", "0") != "0":
+    if "--help" in arguments and rank():
         sys.exit(0)
     parser = _Parser(config_classes, allow_abbrev=False)
     *configs, unknown = parser.parse_args_into_dataclasses(
@@ -174,20 +164,27 @@ def _fit_warmup(config, words: list[str]) -> None:
             f"rate to fall. Give less than {config.epochs}."
         )
     config.warmup_epochs = shorter
-    if os.environ.get("RANK", "0") == "0":  # the first line on standard output is the run's folder
+    if rank() == 0:  # the first line on standard output is the run's folder
         share = f"as {fields['warmup_epochs']:g} of {fields['epochs']} by default"
         say(f"the warmup takes {shorter:g} of {config.epochs} epochs, {share}; see --warmup_epochs", sys.stderr)
 
 
-def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:
-    """Everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
-    data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
-    chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
-    chosen |= {name: getattr(run_config, name) for name in COLUMNS if getattr(run_config, name)}
-    values = {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in SIZES}
+def expand_home(words: list[str]) -> list[str]:
+    """Return the command line with `--flag=~/x` as a shell expands `~/x`.
+
+    Raises UserError where no home is known, and for a path that is no UTF-8, which trackers and caches cannot write.
+    """
+    expanded = [_expand_home(word) for word in words]
+    for text in (*expanded, os.getcwd()):
+        if text != text.encode(errors="replace").decode():
+            shown = text.encode("ascii", "backslashreplace").decode()
+            raise UserError(f"{shown} is not UTF-8. Rename it (mv), or give a symbolic link to it.")
+    return expanded
 
 
-def identity_hash(values: dict) -> str:
-    """8 hex digits, the same wherever the same values are given."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+def _expand_home(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise UserError(f"{value}: this home folder is not known. Set HOME, or give the whole path (or ./{value}).")
+    return flag + equals + expanded

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launcher's variables: what another launch left in the environment is refused by name, before it decides anything."""
+"""Read the launcher's variables, as the only module that does: what another launch left over is refused by name."""
 
-import contextlib
+import functools
 import os
-import threading
-from collections.abc import Iterator
+import sys
+from pathlib import Path
 
-from .process import UserError, end_at_once
+from .errors import UserError
 
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 NUMBERS = (*LAUNCH[:5], "PARALLELISM_CONFIG_DP_REPLICATE_SIZE")
@@ -15,7 +15,6 @@ READ = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "OMP_NUM_THREADS", "PMI_", "OMPI
 OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate reads beside WORLD_SIZE
 WORDS = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
-PATIENCE = 60  # seconds for processes that no launcher watches to meet
 
 
 def settle_variables() -> None:
@@ -34,6 +33,17 @@ def settle_variables() -> None:
             os.environ[name] = WORDS[value.lower()]
     _settle_choices()
     _check_launch()
+    program()
+
+
+@functools.cache
+def program() -> tuple[Path, bytes]:
+    """Return path and content of the program that runs, no content where it is no file.
+
+    Read once, at the start: it may be edited while the data is listed.
+    """
+    path = Path(sys.argv[0])
+    return path, path.read_bytes() if path.is_file() else b""
 
 
 def left_over(what: str, *names: str) -> UserError:
@@ -71,22 +81,70 @@ def _check_launch() -> None:
             os.environ.pop(name, None)
 
 
+def never_met(seconds: int) -> UserError:
+    """What to say where some processes of a launch did not come."""
+    given = [name for name in LAUNCH if name in os.environ]
+    return left_over(f"{_values(given)}, but not all of these processes came within {seconds} s", *given)
+
+
 def _values(names: list[str]) -> str:
     return " ".join(f"{name}={os.environ[name]}" for name in names)
 
 
-@contextlib.contextmanager
-def meeting() -> Iterator[None]:
-    """Within it the processes of a launch meet. Without torchrun, which watches over its own, some may never come:
-    PATIENCE seconds later this one ends with an `error:` line."""
-    watched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") == "1"
-    given = [name for name in LAUNCH if name in os.environ]
-    error = left_over(f"{_values(given)}, but not all of these processes came within {PATIENCE} s", *given)
-    timer = threading.Timer(PATIENCE, end_at_once, [error])
-    timer.daemon = True
-    if not watched:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def mixed_precision() -> str:
+    """`no`, `fp16`, `bf16` or `fp8`: the YAML's, which the launcher passes on."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def strategy() -> str:
+    """`ddp` (one process too), `fsdp`, `hsdp` or `zero1` to `zero3`: the YAML's, which the launcher passes on."""
+    if variable("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        return f"zero{variable('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if variable("ACCELERATE_USE_FSDP", "false") == "true":
+        return "hsdp" if replicas() > 1 else "fsdp"
+    return "ddp"
+
+
+def variable(name: str, default: str) -> str:
+    return os.environ.get(name, default).lower()
+
+
+def rank() -> int:
+    """This process's number among those of the launch."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_world_size() -> int:
+    """Processes of this launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun watches over the processes of this launch."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def error_file() -> str:
+    """Return where torchrun reads what a worker died of, or an empty string."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+
+
+def world_size() -> int:
+    """Processes of this launch; known before they meet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def replicas() -> int:
+    """HSDP: the model's sharded copies."""
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
+
+
+def forced_cpu() -> bool:
+    """By `use_cpu` of a YAML for one process, or by local_cpu.yaml, which hides the GPUs from any number of them."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+    return hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")

@@ -6,9 +6,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .accelerator import all_reduce_sum
-from .config import UserError
-from .data.loaders import TORN
+from .collectives import all_reduce_sum
+from .errors import UserError
+
+IGNORED = -100  # the label of a sample that is left out: torch's cross-entropy ignores it
 
 
 class Evaluation:
@@ -22,7 +23,7 @@ class Evaluation:
         losses = cross_entropy(logits.float(), labels, reduction="none")
         correct = logits.argmax(dim=1) == labels
         # Stays on the device: a copy to the host here would make every batch wait for the one before.
-        counts = [(correct & valid).sum(), losses.where(valid, 0).sum(), valid.sum(), (labels == TORN).sum()]
+        counts = [(correct & valid).sum(), losses.where(valid, 0).sum(), valid.sum(), (labels == IGNORED).sum()]
         self.sums.append(torch.stack(counts))
 
     def result(self, accelerator: Accelerator, expected_samples: int) -> dict[str, float]:

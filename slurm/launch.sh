@@ -124,7 +124,7 @@ clean_up() {
 }
 
 # submit.sh leaves the sum of what it has checked. Else the preflight runs while the processes start: rank 0 waits for it
-# before it writes anything (shared/run_folder.py).
+# before it writes anything (shared/run/folder.py).
 begin_preflight() {
     local sum folder=$RECIPES_JOB_FOLDER
     checker=
@@ -196,7 +196,7 @@ prepare_job_folder() {
     trap clean_up EXIT
 }
 
-# shared/interruption.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
+# shared/lifetime.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
 watch_time() {
     local end=${SLURM_JOB_END_TIME:-} now
     now=$(date +%s)

@@ -17,9 +17,21 @@ import torch
 from conftest import ROOT  # noqa: F401  makes `import shared` work
 from torch import Tensor, nn
 
-from shared import checkpoint, interruption, run_folder, tensor_files, tracking
-from shared.checkpoint import Checkpoints, SaveError, checkpoint_to_resume, checkpoints, damage, load_checkpoint
-from shared.config import UserError
+from shared import checkpoint, files, lifetime
+from shared.checkpoint import (
+    Checkpoints,
+    SaveError,
+    checkpoint_to_resume,
+    checkpoints,
+    damage,
+    deepspeed,
+    load_checkpoint,
+    tensors,
+)
+from shared.checkpoint import save as saving
+from shared.errors import UserError
+from shared.run import folder as run_folder
+from shared.run import run as tracking
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, scaler=None, mesh=None)
 ALONE.device = torch.device("cpu")
@@ -139,7 +151,7 @@ def test_a_scaler_that_the_checkpoint_has_not_begins_anew(tmp_path):
 def test_deepspeeds_state_is_refused_elsewhere_with_the_way_out(tmp_path, monkeypatch, wrote, here):
     folder = tmp_path / "run/checkpoints"
     saved(folder, 3, strategy=wrote[0], world_size=wrote[1])
-    monkeypatch.setattr(checkpoint, "strategy", lambda: here[0])
+    monkeypatch.setattr(saving, "strategy", lambda: here[0])
     with pytest.raises(UserError) as caught:
         load_checkpoint(
             folder / "step-00000003", SimpleNamespace(**{**vars(ALONE), "num_processes": here[1]}), *trained()
@@ -155,7 +167,7 @@ def test_deepspeeds_state_is_refused_elsewhere_with_the_way_out(tmp_path, monkey
 def test_deepspeed_that_finds_nothing_is_an_error(monkeypatch):
     engine = SimpleNamespace(load_checkpoint=lambda *given, **named: (None, {}))
     with pytest.raises(OSError, match="nothing to load"):
-        checkpoint._load_zero(Path("x"), engine)
+        deepspeed.load_zero(Path("x"), engine)
 
 
 # Failures
@@ -166,7 +178,7 @@ def test_deepspeed_that_finds_nothing_is_an_error(monkeypatch):
 def test_whatever_goes_wrong_costs_that_checkpoint_alone(tmp_path, monkeypatch, kind, background):
     """In the background it is told by the next `wait`, once, and a save after it is none the worse."""
     kept = Checkpoints(tmp_path, ALONE, {}, 2, background)
-    monkeypatch.setattr(checkpoint, "_finish", failing(checkpoint._finish, kind))
+    monkeypatch.setattr(saving, "_finish", failing(saving._finish, kind))
 
     def save(step):
         kept.save(*trained(), {"step": step}, {})
@@ -195,8 +207,8 @@ def failing(function: Callable, kind: type) -> Callable:
 
 def test_what_a_save_in_the_background_takes_is_the_whole_of_it(tmp_path, monkeypatch):
     """The last save of a run waits for it, so the deadline must leave that much."""
-    go, written = threading.Event(), tensor_files.TensorWriter.write_data
-    monkeypatch.setattr(tensor_files.TensorWriter, "write_data", lambda *given: go.wait() and written(*given))
+    go, written = threading.Event(), tensors.TensorWriter.write_data
+    monkeypatch.setattr(tensors.TensorWriter, "write_data", lambda *given: go.wait() and written(*given))
     kept = Checkpoints(tmp_path, ALONE, {}, 2, background=True)
     begin = time.monotonic()
     kept.save(*trained(), {"step": 1}, {})
@@ -220,10 +232,8 @@ def test_no_part_of_deepspeeds_files_stays_and_no_process_leaves_its_barriers(tm
         raise RuntimeError("unexpected pos 64 vs 0")
 
     engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(save=full), save_checkpoint=save_checkpoint)
-    monkeypatch.setattr(
-        checkpoint, "_zero_tensors", lambda place, *_: raise_first(checkpoint._save_zero(place, engine))
-    )
-    monkeypatch.setattr(checkpoint, "strategy", lambda: "zero2")
+    monkeypatch.setattr(saving, "write_zero", lambda place, *_: raise_first(deepspeed._save_zero(place, engine)))
+    monkeypatch.setattr(saving, "strategy", lambda: "zero2")
     with pytest.raises(SaveError, match="unexpected pos"):
         Checkpoints(tmp_path, ALONE, {}, 2, False).save(*trained(), {"step": 1}, {})
     assert ended == [True]
@@ -241,9 +251,9 @@ def test_a_signal_counts_where_nobody_reads_the_output(tmp_path, monkeypatch):
     def closed(descriptor, text):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    handlers = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in lifetime.SIGNALS}
     try:
-        watched = interruption.Interruption(ALONE, tmp_path, 0)
+        watched = lifetime.Interruption(ALONE, tmp_path, 0)
         monkeypatch.setattr(os, "write", closed)
         signal.raise_signal(signal.SIGINT)
         assert watched.agreed(1) == "signal"
@@ -255,13 +265,13 @@ def test_a_signal_counts_where_nobody_reads_the_output(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("launcher", "stops"), [("", ""), ("none", "signal")])
 def test_nohup_lets_a_run_outlive_its_terminal_but_not_torchrun(tmp_path, monkeypatch, launcher, stops):
     """Which takes SIGHUP whatever nohup has set, passes it on, and kills its workers 30 s later."""
-    handlers = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in lifetime.SIGNALS}
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if launcher:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        watched = interruption.Interruption(ALONE, tmp_path, 0)
+        watched = lifetime.Interruption(ALONE, tmp_path, 0)
         signal.raise_signal(signal.SIGHUP)
         assert watched.agreed(1) == stops
     finally:
@@ -308,9 +318,9 @@ def test_files_that_a_loss_of_power_emptied_are_as_if_absent(tmp_path):
 
 def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(tensor_files.os, "fsync", lambda descriptor: calls.append("fsync"))
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
     replace = os.replace
-    monkeypatch.setattr(tensor_files.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
     run_folder.write_json(tmp_path / "config.json", {"a": 1})
     assert calls == ["fsync", "replace"]
 

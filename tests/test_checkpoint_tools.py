@@ -17,9 +17,9 @@ from torchvision.models import get_model
 from transformers import ViTForImageClassification
 
 from shared.checkpoint import checkpoints, read_manifest, read_weights
-from shared.config import UserError
-from shared.data.loaders import MEAN, STD
-from shared.vit import pixel_statistics
+from shared.errors import UserError
+from shared.images.loader import MEAN, STD
+from shared.models.vit import pixel_statistics
 
 SMALL = ["--epochs", "1", "--warmup_epochs", "0.1", "--num_workers", "0", "--report_to", "none"]
 SMALL += ["--global_batch_size", "16"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.data import Source, evaluation_view, open_data, training_view
-from shared.data.decode import render
-from shared.data.order import hash64, random_bits, uniforms
-from shared.data.views import random_crop
+from shared.draws import hash64, random_bits, uniforms
+from shared.images import Source, evaluation_view, open_data, training_view
+from shared.images.decode import render
+from shared.images.views import random_crop
 
 
 def test_the_digits_are_scikit_learns():

@@ -17,20 +17,22 @@ from conftest import ROOT, environment, train
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from shared.data import decode, native
-from shared.data.decode import Crop, render
+from shared.images import decode, native
+from shared.images.decode import Crop, render
 
 simplejpeg = pytest.importorskip("simplejpeg")
-LOAD = "from shared.data import decode; print(decode.native is not None)"
+LOAD = "from shared.images.native import library; print(library() is not None)"
+COMPILED = "compiled crop_jpeg.c for this machine, to decode JPEGs faster (RECIPES_NATIVE_DECODER=0: without)\n"
+MISSING = [{}, {"library": lambda: None}, {"library": lambda: None, "simplejpeg": None}]
 PHOTOS = load_sample_images().images
 SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey", "RGB", "progressive", "restarts")
 
 
 @pytest.fixture
 def library():
-    if decode.native is None:
+    if native.library() is None:
         pytest.skip("no C compiler, or no headers of libjpeg-turbo, is installed")
-    return decode.native
+    return native.library()
 
 
 def encoded(pixels: np.ndarray, sampling: str, quality: int) -> bytes:
@@ -78,10 +80,10 @@ def outcome(image: bytes, crop: Crop, size: int) -> bytes | str:
 def by_each(cases: list[tuple[bytes, Crop, int]]) -> list[list[bytes | str]]:
     """The outcomes of all cases by crop_jpeg.c, by simplejpeg and by PIL."""
     outcomes = []
-    for missing in ((), ("native",), ("native", "simplejpeg")):
+    for missing in MISSING:
         with pytest.MonkeyPatch.context() as patch:
-            for library in missing:
-                patch.setattr(decode, library, None)
+            for name, value in missing.items():
+                patch.setattr(decode, name, value)
             outcomes.append([outcome(*case) for case in cases])
     return outcomes
 
@@ -187,10 +189,10 @@ def test_every_decoder_draws_the_crop_of_the_same_image(kind):
     seen = set()
     image = encoded(PHOTOS[0][:41, :57], kind, 90)
     image = image[:2] + segment(0xE1, exif(6)) * (kind == "turned") + image[2:]
-    for missing in ((), ("native",), ("native", "simplejpeg")):
+    for missing in MISSING:
         with pytest.MonkeyPatch.context() as patch:
-            for library in missing:
-                patch.setattr(decode, library, None)
+            for name, value in missing.items():
+                patch.setattr(decode, name, value)
             out = torch.zeros(4, 4, 3, dtype=torch.uint8)
             render(image, lambda *sizes: seen.add(sizes) or Crop(0, 0, *sizes[:2]), 7, out)
     assert seen == {(41, 57, 7) if kind == "turned" else (57, 41, 7)}
@@ -344,8 +346,10 @@ def loading(code: str = LOAD, **variables: str) -> subprocess.Popen:
 
 def test_processes_that_start_at_once_make_it_once_for_all(library, tmp_path):
     processes = [loading(SCRATCH=str(tmp_path)) for _ in range(3)]
-    assert [process.communicate() for process in processes] == [("True\n", "")] * 3
+    answers = [process.communicate() for process in processes]
+    assert all(said == "True\n" and line in ("", COMPILED) for said, line in answers), answers
     (path,) = (tmp_path / "dlojz-recipes").iterdir()
+    assert loading(SCRATCH=str(tmp_path), RECIPES_NATIVE_DECODER="0").communicate() == ("False\n", "")
     made = path.stat().st_mtime_ns
     assert loading(SCRATCH=str(tmp_path)).communicate() == ("True\n", "")
     assert path.stat().st_mtime_ns == made

@@ -10,10 +10,10 @@ from multiprocessing import get_context
 import pytest
 
 from shared import accelerator
-from shared.config import UserError
-from shared.data.storage import open_shards
-from shared.interruption import MARGIN, _deadline
-from shared.run_folder import launcher_variables
+from shared.errors import UserError
+from shared.images.storage import open_shards
+from shared.lifetime import MARGIN, _deadline
+from shared.run.identity import launcher_variables
 
 
 def test_no_secret_is_recorded(monkeypatch):

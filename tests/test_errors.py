@@ -15,9 +15,11 @@ import pytest
 import torch
 from conftest import ROOT, environment, launch_command, python
 
-from shared.config import RunConfig, UserError, parse
-from shared.data import TrainingOrder, open_data
-from shared.interruption import Interruption
+from shared.config import RunConfig, parse
+from shared.errors import UserError
+from shared.images import open_data
+from shared.lifetime import Interruption
+from shared.order import TrainingOrder
 
 
 @pytest.fixture

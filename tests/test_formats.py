@@ -33,23 +33,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, get_worker_info
 
-from shared.config import UserError
-from shared.data import (
-    EvaluationOrder,
-    Loader,
-    Source,
-    TrainingOrder,
-    Views,
-    evaluation_view,
-    open_data,
-    storage,
-    training_view,
-)
-from shared.data.decode import Crop, render
-from shared.data.index import NAME as INDEX
-from shared.data.index import Index
-from shared.data.loaders import WorkerLoader, worker_options
+from shared.errors import UserError
+from shared.images import Loader, Source, Views, evaluation_view, open_data, storage, training_view
+from shared.images.decode import Crop, render
+from shared.images.index import NAME as INDEX
+from shared.images.index import Index
+from shared.images.loader import WorkerLoader, worker_options
 from shared.metrics import Evaluation
+from shared.order import EvaluationOrder, TrainingOrder
 
 FORMATS = ("tar", "parquet", "folder")
 PACK = ROOT / "tools/pack.py"
@@ -250,8 +241,8 @@ sys.path.insert(0, sys.argv[1])
 rank = os.environ["RANK"]
 os.environ["SCRATCH"] = f"{sys.argv[2]}/cache-{rank}"  # of each process its own, as of each node
 from accelerate import PartialState
-from shared.config import UserError
-from shared.data import index, open_data
+from shared.errors import UserError
+from shared.images import index, open_data
 PartialState(cpu=True)
 index.PATIENCE = 0
 for data in ("bad", "good"):
@@ -457,8 +448,9 @@ WAITING = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from shared.data import TrainingOrder, Views, open_data
-from shared.data.loaders import WorkerLoader
+from shared.images import Views, open_data
+from shared.order import TrainingOrder
+from shared.images.loader import WorkerLoader
 
 def render(data, view, seed, out):
     time.sleep(0 if torch.utils.data.get_worker_info().id else 0.1)  # 6.4 s a batch
@@ -482,8 +474,10 @@ NEW = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from shared.config import UserError, one_line
-from shared.data import TrainingOrder, Views, loaders, open_data
+from shared.errors import UserError, one_line
+from shared.images import Views, open_data
+from shared.images import loader as loaders
+from shared.order import TrainingOrder
 sys.excepthook = one_line
 loaders.ignore_signals = lambda: time.sleep(float(sys.argv[2]))  # in the worker, which has only begun
 train, _ = open_data("digits", 0, 0)

@@ -27,11 +27,13 @@ from forked import children
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from shared.config import RunConfig, UserError
-from shared.data import loaders, open_data
-from shared.data.loaders import STD, Batch
-from shared.data.order import augmentation_seed
-from shared.interruption import SIGNALS, Interruption
+from shared.config import RunConfig
+from shared.draws import augmentation_seed
+from shared.errors import UserError
+from shared.images import loader as loaders
+from shared.images import open_data
+from shared.images.loader import STD, Batch
+from shared.lifetime import SIGNALS, Interruption
 
 FORMATS = ("digits", "tar", "parquet", "folder")
 TOPOLOGIES = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 0)]  # processes, workers of each
@@ -559,7 +561,7 @@ def test_a_batch_that_never_comes_ends_the_program(tmp_path):
 
 IMPATIENT = """
 import runpy, sys
-from shared.data import loaders
+from shared.images import loader as loaders
 loaders.PATIENCE = 2
 runpy.run_path("recipes/resnet.py", run_name="__main__")
 """

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from shared.data import open_data
-from shared.locks import complete, make_once, partial_of, remove_partials
+from shared.files import complete, make_once, partial_of, remove_partials
+from shared.images import open_data
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_two_first_starts_make_the_digits_once(modules, tmp_path):
 
 def test_two_first_starts_read_a_folder_once(image_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", str(tmp_path))
-    sources = sys.modules["shared.data.sources"]
+    sources = sys.modules["shared.images.sources"]
     whole, read = sources.scan, tmp_path / "read"
 
     def slowly(folder: Path):

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, Result, environment, train
 from PIL import Image
 
-from shared.data import Source, open_data
-from shared.data.description import describe
-from shared.data.storage import Files, Pixels
+from shared.images import Source, open_data
+from shared.images.description import describe
+from shared.images.storage import Files, Pixels
 
 FLAGS = ["--epochs", "2", "--global_batch_size", "256", "--image_size", "16", "--logging_steps", "3"]
 FLAGS += ["--norm", "group", "--learning_rate", "0.02", "--report_to", "none", "--num_workers", "1"]

@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "tools"))
 import memory_estimate
 import preflight
 
-from shared.vit import VisionTransformer, vit_config
+from shared.models.vit import VisionTransformer, vit_config
 
 RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.py")}
 JEAN_ZAY = (

@@ -14,12 +14,16 @@ import pytest
 from conftest import ROOT, environment
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from shared.config import RunConfig, UserError, parse
-from shared.data.index import cache_folder
+from shared.config import RunConfig, expand_home, parse
+from shared.errors import UserError
+from shared.images.index import cache_folder
 from shared.launch import LAUNCH, settle_variables
-from shared.process import expand_home
 
-BEGIN = "import os, sys; sys.path.insert(0, sys.argv[1]); from shared import launch, process; process.begin()\n"
+BEGIN = """import os, sys
+sys.path.insert(0, sys.argv[1])
+from shared import errors, launch, lifetime
+lifetime.begin()
+"""
 
 
 def script(code: str, redirections: str = "", **variables: str) -> subprocess.CompletedProcess:
@@ -70,7 +74,7 @@ def test_a_name_that_is_no_text_is_printed():
 
 def test_a_refusal_is_told_to_the_launcher(tmp_path):
     file = tmp_path / "error.json"
-    process = script("raise process.UserError('no. Do')", TORCHELASTIC_ERROR_FILE=str(file), RANK="0")
+    process = script("raise errors.UserError('no. Do')", TORCHELASTIC_ERROR_FILE=str(file), RANK="0")
     assert (process.returncode, process.stderr) == (1, "error: no. Do\n")
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
     assert failure.message["extraInfo"]["py_callstack"] == failure.message["message"] == "error: no. Do"
@@ -82,13 +86,13 @@ def test_a_refusal_is_told_to_the_launcher(tmp_path):
 
 
 def test_another_rank_speaks_where_rank_0_does_not():
-    process = script("process.time.sleep = lambda _: None\nraise process.UserError('no disk here')", RANK="1")
+    process = script("lifetime.time.sleep = lambda _: None\nraise errors.UserError('no disk here')", RANK="1")
     assert (process.returncode, process.stderr) == (1, "error: no disk here\n")
 
 
 def test_what_one_rank_alone_has_seen_it_says_at_once_and_once():
     """A launcher may end it a moment later."""
-    code = "process.time.sleep = None\nerror = process.UserError('rank 1: no worker')\nerror.alone = True\nraise error"
+    code = "lifetime.time.sleep = None\nerror = errors.UserError('rank 1: no worker')\nerror.alone = True\nraise error"
     process = script(code, RANK="1")
     assert (process.returncode, process.stderr) == (1, "error: rank 1: no worker\n")
 
@@ -222,7 +226,7 @@ def leave(monkeypatch, variables: str) -> None:
 
 
 ALONE = """
-launch.PATIENCE = 1
+lifetime.PATIENCE = 1
 import torch
 with launch.meeting():
     torch.distributed.init_process_group("gloo")

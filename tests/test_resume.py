@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, Result, environment, launch_command, python, train
 
 from shared.checkpoint import checkpoint_to_resume, checkpoints, damage
-from shared.config import UserError, identity_hash
+from shared.errors import UserError
+from shared.run.identity import identity_hash
 
 # Twelve steps an epoch of 240 small images. The rate is small: at 0.003 rounding turns a tie of ReLU or max pooling in
 # step 18, which then grows ten-fold every few steps.

@@ -16,11 +16,12 @@ from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
 
 from shared.checkpoint import read_state, read_weights
-from shared.config import UserError, identity, parse
-from shared.data import TrainingOrder
+from shared.config import parse
+from shared.errors import UserError
+from shared.models.vit import VisionTransformer, initial_value
 from shared.optim import zero_momentum
-from shared.run_folder import differing, recipe_source
-from shared.vit import VisionTransformer, initial_value
+from shared.order import TrainingOrder
+from shared.run.identity import differing, identity, recipe_source
 
 RESNETS = sorted(path.stem for path in (ROOT / "recipes").glob("resnet*.py"))
 

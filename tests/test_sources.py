@@ -16,10 +16,10 @@ from conftest import ROOT, launch_command
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from shared.config import UserError
-from shared.data import Source, open_data
-from shared.data.storage import Pixels
-from shared.data.tree import parts_of_files
+from shared.errors import UserError
+from shared.images import Source, open_data
+from shared.images.storage import Pixels
+from shared.images.tree import parts_of_files
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ MORE_LABELS = {"coarse": (ClassLabel(names=["x", "y"]), lambda _, labels: [label
 MORE_IMAGES = {"mask": (datasets.Image(), lambda images, _: [{"bytes": picture("black"), "path": None}] * len(images))}
 
 
-@pytest.mark.parametrize("recipe", ["shared.data", "recipes.resnet_hf_datasets"])
+@pytest.mark.parametrize("recipe", ["shared.images", "recipes.resnet_hf_datasets"])
 def test_several_columns_are_refused_by_name_and_chosen_by_a_flag(tmp_path, recipe):
     opened = importlib.import_module(recipe).open_data
     for part in ("train", "test"):

@@ -19,8 +19,8 @@ from forked import Server
 from transformers import ViTConfig, ViTForImageClassification
 
 from shared.checkpoint import checkpoints, read_weights
-from shared.data.loaders import MEAN, STD
-from shared.vit import pixel_statistics
+from shared.images.loader import MEAN, STD
+from shared.models.vit import pixel_statistics
 
 # Seven steps an epoch of 240 images, after which 60 are evaluated.
 STEPS = ["--global_batch_size", "32", "--epochs", "4", "--warmup_epochs", "0.5", "--learning_rate", "1e-3"]

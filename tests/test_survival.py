@@ -38,10 +38,18 @@ from kills import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shared import checkpoint as checkpoint_module
-from shared import tensor_files
-from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
-from shared.interruption import SIGNALS
+from shared.checkpoint import (
+    Checkpoints,
+    checkpoint_to_resume,
+    checkpoints,
+    damage,
+    load_checkpoint,
+    read_manifest,
+    read_weights,
+    tensors,
+)
+from shared.checkpoint.retention import checksum
+from shared.lifetime import SIGNALS
 
 VIT_RECIPE = ROOT / "recipes/vit.py"
 
@@ -172,13 +180,13 @@ def test_a_signal_within_the_evaluation_waits_for_its_end(planted, whole, tmp_pa
 
 
 TWICE = """
-write = tensor_files.TensorWriter.write_data
+write = tensors.TensorWriter.write_data
 def write_data(self, *arguments):
     if rank == 1:
         os.kill(os.getpid(), 15)
         os.kill(os.getpid(), 15)
     return write(self, *arguments)
-tensor_files.TensorWriter.write_data = write_data
+tensors.TensorWriter.write_data = write_data
 """
 
 
@@ -242,7 +250,7 @@ import time
 begin = time.monotonic()
 while os.getppid() == {parent} and time.monotonic() < begin + 60:
     time.sleep(0.01)
-from shared.accelerator import _die_with_launcher
+from shared.lifetime import die_with_launcher
 print("parent", os.getppid(), flush=True)
 _die_with_launcher()
 print("lives on", flush=True)
@@ -354,7 +362,7 @@ def test_from_a_path_and_under_other_values(server: Server, data, whole, copied,
 
 
 DECODES = """
-from shared.data import loaders
+from shared.images import loader as loaders
 seen, render, evaluate = 0, loaders.Views._render, recipe.evaluate
 def counted(*arguments):
     global seen
@@ -475,7 +483,7 @@ import os
 import sys
 import torch
 import {recipe} as recipe
-from shared import checkpoint, tensor_files
+from shared.checkpoint import retention, tensors
 from shared.config import RunConfig, parse
 rank = int(os.environ["RANK"])
 {code}
@@ -498,14 +506,14 @@ def planted(server: Server, data, tmp_path):
 
 
 FAILING = """
-write, failures = tensor_files.TensorWriter.write_data, {number}
+write, failures = tensors.TensorWriter.write_data, {number}
 def write_data(self, *arguments):
     global failures
     failures -= rank == {rank}
     if rank == {rank} and failures >= 0:
         raise OSError(28, "No space left on device")
     return write(self, *arguments)
-tensor_files.TensorWriter.write_data = write_data
+tensors.TensorWriter.write_data = write_data
 """
 
 
@@ -533,7 +541,7 @@ def failing(module, name, step):
     setattr(module, name, called)
 failing(checkpoint, "_finish", 4)
 failing(checkpoint, "_publish", 8)
-failing(checkpoint.os, "rename", 12)
+failing(retention.os, "rename", 12)
 """
 
 
@@ -589,7 +597,7 @@ def test_no_file_of_a_checkpoint_can_run_code(server: Server, data, copied, name
     (path / name).write_bytes(pickle.dumps(Evil(marker)))
     if name != "manifest.json":
         manifest = read_manifest(path)
-        manifest["files"][name] = checkpoint_module._sum(path / name)
+        manifest["files"][name] = checksum(path / name)
         (path / "manifest.json").write_text(json.dumps(manifest))
     assert (damage(path) is None) == (name != "manifest.json")
     process = server.launch(vit_words(copied, data, "--max_steps", "28"))
@@ -613,12 +621,12 @@ def test_a_pickle_of_deepspeed_is_compared_before_it_is_opened(copied):
     shard.parent.mkdir()
     torch.save({"step": 24}, shard)
     manifest = read_manifest(path)
-    manifest["files"]["zero/" + shard.name] = checkpoint_module._sum(shard)
+    manifest["files"]["zero/" + shard.name] = checksum(shard)
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert damage(path) is None
     shard.write_bytes(pickle.dumps(Evil(marker)).ljust(shard.stat().st_size, b"."))
     assert "SHA-256 differs" in damage(path)
-    found, (line,) = checkpoint_module.checkpoint_to_resume(path.parent, "auto")
+    found, (line,) = checkpoint_to_resume(path.parent, "auto")
     assert found.name == "step-00000020"
     assert shard.name in line
     assert not marker.exists()
@@ -720,9 +728,9 @@ def test_weights_that_change_after_a_save_do_not_reach_its_file(tmp_path, monkey
     optimizer.step()
     alone = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, scaler=None, mesh=None)
     alone.device = torch.device("cpu")
-    written, go = tensor_files.TensorWriter.write_data, threading.Event()
-    monkeypatch.setattr(tensor_files.TensorWriter, "write_data", lambda *given: go.wait() and written(*given))
-    saved = checkpoint_module.Checkpoints(tmp_path, alone, {}, 2, background=True)
+    written, go = tensors.TensorWriter.write_data, threading.Event()
+    monkeypatch.setattr(tensors.TensorWriter, "write_data", lambda *given: go.wait() and written(*given))
+    saved = Checkpoints(tmp_path, alone, {}, 2, background=True)
     right = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
     saved.save(model, optimizer, scheduler, {"step": 1}, {})
@@ -735,7 +743,7 @@ def test_weights_that_change_after_a_save_do_not_reach_its_file(tmp_path, monkey
     (path,) = checkpoints(tmp_path)
     assert damage(path) is None
     torch.testing.assert_close(read_weights(path), right, rtol=0, atol=0)
-    checkpoint_module.load_checkpoint(path, alone, model, optimizer, scheduler)
+    load_checkpoint(path, alone, model, optimizer, scheduler)
     torch.testing.assert_close(dict(model.state_dict()), right, rtol=0, atol=0)
     assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], momentum)
 

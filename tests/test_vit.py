@@ -8,9 +8,9 @@ from conftest import ROOT, train
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
 
-from shared.config import UserError
-from shared.data.order import augmentation_seed
-from shared.vit import (
+from shared.draws import augmentation_seed
+from shared.errors import UserError
+from shared.models.vit import (
     SIZES,
     Stage,
     VisionTransformer,

@@ -13,8 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from shared.checkpoint import ASIDE, checkpoints, damage, read_manifest
-from shared.process import UserError, begin, expand_home
+from shared.checkpoint.retention import ASIDE, checkpoints, damage, read_manifest
+from shared.config import expand_home
+from shared.errors import UserError, begin
 
 HEADER = ("step", "saved (UTC)", "strategy x processes", "accuracy", "MB", "state")
 SPLITS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}

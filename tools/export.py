@@ -33,9 +33,9 @@ from transformers.utils import logging
 
 import shared
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
-from shared.locks import complete
-from shared.process import UserError, begin, expand_home
-from shared.run_folder import write_json
+from shared.config import expand_home
+from shared.errors import UserError, begin
+from shared.files import complete, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
@@ -136,7 +136,7 @@ def load_recipe(path: Path) -> ModuleType:
 @contextlib.contextmanager
 def as_user_errors(recipe: ModuleType) -> Iterator[None]:
     """What the recipe's own `shared` refuses becomes an error of ours."""
-    theirs = sys.modules[recipe.RunConfig.__module__].UserError
+    theirs = sys.modules[recipe.parse.__module__].UserError
     try:
         yield
     except theirs as error:

@@ -40,17 +40,19 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from shared.data import Source, open_data
-from shared.data.decode import opened, upright
-from shared.data.index import NAME as INDEX
-from shared.data.index import Index
-from shared.data.order import random_bits
-from shared.data.shards import members_of_tar
-from shared.data.sources import index_of_images, train_and_held_out
-from shared.data.tree import read_layout, tree_of_names, with_slashes
-from shared.locks import complete, remove_partials, take_lock
-from shared.process import UserError, begin, die_with_parent, expand_home
-from shared.run_folder import LOCK_SECONDS
+from shared.config import expand_home
+from shared.draws import random_bits
+from shared.errors import UserError, begin
+from shared.files import complete, remove_partials, take_lock
+from shared.images import Source, open_data
+from shared.images.decode import opened, upright
+from shared.images.index import NAME as INDEX
+from shared.images.index import Index
+from shared.images.shards import members_of_tar
+from shared.images.sources import index_of_images, train_and_held_out
+from shared.images.tree import read_layout, tree_of_names, with_slashes
+from shared.lifetime import die_with_parent
+from shared.run.folder import LOCK_SECONDS
 
 PLAN = "pack.json"
 PROBE = 1000  # images that a dry run packs

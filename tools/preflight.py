@@ -700,7 +700,7 @@ def refusals(plan: Plan, function, *arguments) -> Iterator[str]:
     """What it yields, and what one of the recipe's parts raises in it."""
     try:
         yield from function(*arguments) or ()
-    except plan.shared("config").UserError as error:
+    except plan.shared("errors").UserError as error:
         yield str(error)
 
 
@@ -745,8 +745,8 @@ def cut(plan: Plan, task: Task) -> Iterator[str]:
     elif hasattr(recipe, "refuse"):
         recipe.refuse(task.config, network(plan, task).config)
     elif hasattr(task.config, "pretrained"):
-        plan.shared("vit").network_sizes(task.config)
-    blocks = plan.shared("vit").network_sizes(task.config)[0] if pipeline > 1 else 0
+        plan.shared("models.vit").network_sizes(task.config)
+    blocks = plan.shared("models.vit").network_sizes(task.config)[0] if pipeline > 1 else 0
     if blocks % pipeline:
         plan.notes.append(f"warning: {blocks} blocks over {pipeline} stages: the larger ones keep the others waiting.")
 
@@ -755,7 +755,7 @@ def start(plan: Plan, task: Task) -> None:
     """What a run refuses when it starts: its batch, trackers, checkpoints, what DeepSpeed cannot."""
     size = plan.sizes(task)[2]
     if task.run_config:
-        tracking = plan.shared("tracking")
+        tracking = plan.shared("run.run")
         tracking._trackers(task.run_config.report_to)
         tracking._refuse_pairs(task.run_config, task.config)
         tracking._checkpoint_steps(task.run_config.checkpointing_steps, 1)
@@ -780,7 +780,7 @@ def steps_per_epoch(plan: Plan, task: Task) -> int | None:
         return None
     batch = task.config.global_batch_size
     count = count_images(read, *run.source())
-    return plan.shared("data").TrainingOrder(count, batch, batch, 0, 1, run.seed).steps_per_epoch
+    return plan.shared("order").TrainingOrder(count, batch, batch, 0, 1, run.seed).steps_per_epoch
 
 
 @functools.cache
@@ -809,7 +809,7 @@ def network(plan: Plan, task: Task):
         many = 10
 
     def plain(folder=None, *_):
-        vit = plan.shared("vit")
+        vit = plan.shared("models.vit")
         if not folder:
             return vit.VisionTransformer(vit.vit_config(config.model, config.image_size, config.patch_size, many, 0.0))
         settings = vit._read_config(folder)
@@ -824,7 +824,7 @@ def network(plan: Plan, task: Task):
                 return recipe.build_model(config, many, *[0 for name in names[2:]])
         # vit_zero.py and vit_tp_by_hand.py cut weights as they make them, which takes processes.
         pretrained = getattr(config, "pretrained", "")
-        return plain(plan.shared("vit").find_pretrained(pretrained) if pretrained else None)
+        return plain(plan.shared("models.vit").find_pretrained(pretrained) if pretrained else None)
 
 
 def memory(plan: Plan) -> Iterator[str]:
@@ -937,7 +937,7 @@ def memory_of(plan: Plan, task: Task):
 
 def output(plan: Plan, task: Task) -> Path:
     """The run's folder."""
-    config = plan.shared("config")
+    config = plan.shared("run.identity")
     values = config.identity(plan.recipe.stem, plan.precision[0], task.run_config, task.config)
     return Path(task.run_config.output_dir or f"runs/{plan.recipe.stem}-{config.identity_hash(values)}")
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from shared.process import begin, die_with_parent
+from shared.errors import begin
+from shared.lifetime import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2

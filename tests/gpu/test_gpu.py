@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from shared.checkpoint import checkpoints, read_manifest
 from shared.config import RunConfig
-from shared.data.loaders import STD
+from shared.images.loader import STD
 
 STEPS = 12
 QUIET = ["--logging_steps", "1", "--report_to", "none", "--num_workers", "1"]

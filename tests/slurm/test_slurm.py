@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SHORT, Result, environment, train
 
-from shared.interruption import WATCH_SECONDS
+from shared.lifetime import WATCH_SECONDS
 from slurm.cluster import ENDED, NODES, Cluster, Job, wait_for
 
 FLAGS = [*SHORT, "--data", "digits", "--num_workers", "0", "--checkpointing_steps", "4"]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random access to labelled images: the embedded digits, or what a folder or a CSV file names."""
 
+# MODULE data.listing
+# MODULE data.shards
 import hashlib
 import os
 import sys
@@ -13,11 +15,11 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from ..config import UserError, say
+from ..draws import random_bits
+from ..errors import UserError, say
+from ..order import Blocks
 from . import listing, shards
-from .index import NAME as INDEX
-from .index import Index, cached
-from .order import Blocks, random_bits
+from .index import NAME, Index, cached
 from .storage import Files, Images, Members, Pixels
 from .tables import open_rows, read_columns
 from .tree import HELD_OUT, PARTS, pair, read_layout, tree_of_folder
@@ -150,19 +152,19 @@ def _parts_of_folder(folder: Path, columns: tuple[str, ...]) -> dict[str, Source
 
 def _packed(folder: Path) -> dict[str, Source]:
     """What tools/pack.py wrote: the parts with an index beside them, where none lacks it."""
-    if (folder / INDEX).exists():
+    if (folder / NAME).exists():
         return {"": _of_packed(folder)}
     parts = [entry.name for entry in os.scandir(folder) if entry.name in PARTS and entry.is_dir()]
-    if not parts or not all((folder / name / INDEX).exists() for name in parts):
+    if not parts or not all((folder / name / NAME).exists() for name in parts):
         return {}
     return {name: _of_packed(folder / name) for name in pair(sorted(parts), str(folder))}
 
 
 def _of_packed(folder: Path) -> Source:
-    index = Index.load(folder / INDEX)
+    index = Index.load(folder / NAME)
     missing = set(index.shards or ()) - {entry.name for entry in os.scandir(folder)}
     if missing:
-        raise UserError(f"{folder / INDEX} lists {min(missing)}, which is not there. Copy it, or pack again.")
+        raise UserError(f"{folder / NAME} lists {min(missing)}, which is not there. Copy it, or pack again.")
     return _of_index(folder, index)
 
 

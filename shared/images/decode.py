@@ -22,13 +22,12 @@ from PIL import ExifTags, Image
 from PIL import __version__ as pillow
 from torch import Tensor
 
-from .native import libjpeg_version, load
+from .native import libjpeg_version, library
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
-native = load()  # here, so that worker processes are forked with it
 
 # PIL's names of what is read; others of its readers run programs (EPS) or are seldom tried. JPEG includes MPO.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
@@ -57,8 +56,8 @@ View = Callable[[int, int, int], Crop]  # of width, height and the sample's augm
 
 def decoder() -> str:
     """Name the library that decodes JPEGs on this machine, for records; the others take what it leaves to them."""
-    if native:
-        return f"crop_jpeg.c with libjpeg-turbo {libjpeg_version(native)}"
+    if library():
+        return f"crop_jpeg.c with libjpeg-turbo {libjpeg_version()}"
     return f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"pillow {pillow}"
 
 
@@ -68,7 +67,7 @@ def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> boo
 
     Raises ValueError or OSError, with the reason, where the image cannot be decoded to its end.
     """
-    if native and isinstance(image, bytes) and (crop := _crop_natively(image, view, seed, out)):
+    if library() and isinstance(image, bytes) and (crop := _crop_natively(image, view, seed, out)):
         return crop.mirrored
     if isinstance(image, np.ndarray):
         pixels, crop = image, view(image.shape[1], image.shape[0], seed)
@@ -110,7 +109,7 @@ def _shrunk(crop: Crop, scale: int) -> Crop:
 def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | None:
     """Into out, by crop_jpeg.c; None, and then out holds nothing of use, where it leaves the image to others."""
     assert out.is_contiguous()
-    if not (shape := native.jpeg_size(image, len(image))):
+    if not (shape := library().jpeg_size(image, len(image))):
         return None
     width, height, size = shape >> 16 & 0xFFFF, shape & 0xFFFF, out.shape[0]
     _refuse_bomb(width, height)
@@ -118,7 +117,7 @@ def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | N
         return None
     crop, scale = scaled(view(width, height, seed), size, width, height)
     box = _shrunk(crop, scale)[:4]
-    return None if native.crop_jpeg(image, len(image), *box, scale, size, out.data_ptr()) else crop
+    return None if library().crop_jpeg(image, len(image), *box, scale, size, out.data_ptr()) else crop
 
 
 def _by_simplejpeg(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop] | None:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..accelerator import raise_open_files
+from ..files import raise_open_files
 from .index import Index
 
 OPEN_FILES = 4096  # that a process asks for: ImageNet has 641 shards, and many systems give 1,024 unless asked

@@ -4,7 +4,7 @@
 import numpy as np
 
 from .decode import opened
-from .loaders import Views
+from .loader import Views
 from .sources import Source
 
 LOOKED_AT = 16  # images of each part, evenly spaced, whose headers tell sizes

@@ -22,16 +22,11 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .config import UserError, one_line, say
-from .data.order import hash64
+from ..draws import hash64
+from ..errors import UserError, say
+from ..launch import rank
 
-if Version(transformers.__version__) < Version(LEAST := "5.17"):  # from which on its blocks are those below
-    sys.excepthook = one_line  # the command line has not been read yet
-    raise UserError(
-        f"the Vision Transformer needs transformers {LEAST}, and this is {transformers.__version__}. Load a newer "
-        f"module, or pip install 'transformers>={LEAST}'."
-    )
-
+LEAST = "5.17"  # version of transformers from which on its blocks are those below
 # name: width, blocks, heads, MLP width. Ti to L: Dosovitskiy et al., arXiv:2010.11929, and Touvron et al.,
 # arXiv:2012.12877; H, g and G (1.8 billion parameters, "2B"): Zhai et al., arXiv:2106.04560. demo: ours.
 SIZES = {
@@ -46,6 +41,15 @@ SIZES = {
 }
 INITIAL_STD = 0.02
 PREPROCESSOR = "preprocessor_config.json"
+
+
+def check_transformers() -> None:
+    """Raise UserError where the installed version is older than LEAST."""
+    if Version(transformers.__version__) < Version(LEAST):
+        raise UserError(
+            f"the Vision Transformer needs transformers {LEAST}, and this is {transformers.__version__}. Load a newer "
+            f"module, or pip install 'transformers>={LEAST}'."
+        )
 
 
 class DropPathLayer(ViTLayer):
@@ -123,27 +127,6 @@ def dropout(config: ViTConfig) -> dict[str, float]:
     return {name: rate for name, rate in vars(config).items() if "dropout" in name and rate}
 
 
-class Stage(nn.Module):
-    """The consecutive blocks of one pipeline stage, under the whole network's parameter names."""
-
-    def __init__(self, model: VisionTransformer, number: int, stages: int):
-        super().__init__()
-        blocks = len(model.vit.layers)
-        self.config = model.config
-        mine = range(blocks * number // stages, blocks * (number + 1) // stages)
-        self.vit = nn.Module()
-        self.vit.embeddings = model.vit.embeddings if number == 0 else None
-        self.vit.layers = nn.ModuleDict({str(block): model.vit.layers[block] for block in mine})
-        self.vit.layernorm = model.vit.layernorm if number == stages - 1 else None
-        self.classifier = model.classifier if number == stages - 1 else None
-
-    def forward(self, x: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) or the former stage's (B, tokens, width), to the next one's or to logits."""
-        x = x if self.vit.embeddings is None else self.vit.embeddings(x)
-        x = run_blocks(self, ((int(name), block) for name, block in self.vit.layers.items()), x, sample_seeds)
-        return x if self.classifier is None else self.classifier(self.vit.layernorm(x)[:, 0])
-
-
 def uniform(bits: Tensor) -> Tensor:
     """A float32 in [0, 1) for each int64, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
@@ -158,6 +141,7 @@ def network_sizes(config) -> tuple[int, int, int]:
     Needs no process group: raises UserError for a pretrained network that is not there or is no ViT, and where the
     patches do not tile the image.
     """
+    check_transformers()
     if not config.pretrained:
         _check_patches(config.image_size, config.patch_size)
         return SIZES[config.model][1:]
@@ -249,7 +233,7 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     where it had another number of classes.
     """
     config = _read_config(folder)
-    if (rates := dropout(ViTConfig.from_pretrained(folder))) and os.environ.get("RANK", "0") == "0":
+    if (rates := dropout(ViTConfig.from_pretrained(folder))) and rank() == 0:
         given = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         say(f"--pretrained {folder} has {given}: trained here without; see --drop_path", sys.stderr)
     # Under ZeRO-3 transformers would cut the weights as it reads them; here they are changed first.

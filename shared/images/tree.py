@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..config import UserError
+from ..errors import UserError
 
 Tree = dict[str, list[str]]  # each folder ("" is the root, "a/b" lies below it) -> the names of its files
 States = dict[str, list[int]]  # each folder or file -> its size and time of change

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import UserError
+from ..errors import UserError
 from .index import Index
 from .tree import IMAGES, is_hidden, state_of
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several starts may write at once: one at a time, and each file or folder complete or absent."""
+"""Write files and folders that are complete or absent, one process at a time."""
 
 import contextlib
 import errno
 import glob
+import json
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import UserError, say
+from .errors import UserError, say
 
 PATIENCE = 3 * 3600  # seconds for another start to end what both want
 
@@ -98,3 +100,47 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """Nothing where it is absent, or was torn by a loss of power: each start writes it anew."""
+    return parse_object(path.read_text(errors="replace")) if path.exists() else {}
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Raises OSError, and leaves the former file whole."""
+    replace_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def parse_object(text: str) -> dict:
+    """Nothing where a kill tore it."""
+    with contextlib.suppress(json.JSONDecodeError):
+        values = json.loads(text)
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A reader finds the former text or this one, whole, also after a loss of power."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text)
+    to_disk(beside)
+    os.replace(beside, path)
+
+
+def raise_open_files(wanted: int) -> int:
+    """Let this process open `wanted` files and sockets, or as many as the system allows; return how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed

@@ -25,33 +25,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from .accelerator import MESH, SIZES, all_reduce_sum, data_parallel, mixed_precision, on_main_process, strategy
-from .checkpoint import (
-    Checkpoints,
-    SaveError,
-    checkpoint_to_resume,
-    checkpoints,
-    load_checkpoint,
-    put_aside,
-    read_manifest,
-)
-from .config import RunConfig, UserError, identity, identity_hash, say, tell_job
-from .data import Batch, Source
-from .data.description import describe
-from .interruption import Interruption
-from .run_folder import (
-    MetricsFile,
+from ..accelerator import MESH
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.retention import checkpoint_to_resume, checkpoints, put_aside, read_manifest
+from ..checkpoint.save import Checkpoints, SaveError
+from ..collectives import all_reduce_sum, data_parallel, on_main_process
+from ..config import SIZES, RunConfig
+from ..errors import UserError, say, tell_job
+from ..files import read_json, write_json
+from ..images.description import describe
+from ..images.loader import Batch
+from ..images.sources import Source
+from ..launch import mixed_precision, strategy
+from ..lifetime import Interruption
+from .folder import MetricsFile, lock, wait_for_preflight, writing
+from .identity import (
     differing,
     git_commit,
+    identity,
+    identity_hash,
     launcher_variables,
-    lock,
-    read_json,
     recipe_source,
     shared_source,
     versions,
-    wait_for_preflight,
-    write_json,
-    writing,
 )
 
 TRACED = 3  # training steps, and evaluation batches, in the trace of --profile

@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
+from ..draws import uniforms
 from .decode import Crop
-from .order import uniforms
 
 Box = tuple[int, int, int, int]
 ATTEMPTS = 10

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from ..config import UserError
+from ..errors import UserError
 from .tree import with_slashes
 
 SEPARATORS = (",", ";", "\t")

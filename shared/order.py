@@ -1,60 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of samples and their random numbers, as functions of the seed: the first law of the collection.
+"""Order the samples as a function of the seed.
 
 Global step k of an epoch takes the samples [k*G, (k+1)*G) of the epoch's permutation, whatever the number of
-processes, workers or accumulation steps; a process takes its slice of them. All random numbers are raw 64-bit outputs
-of Philox (Salmon et al., SC 2011), which NumPy keeps the same for ever, not distributions, which it may change.
+processes, workers or accumulation steps; a process takes its slice of them.
 """
 
-import hashlib
-import struct
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from ..config import UserError
-
-
-def hash64(*numbers: int) -> int:
-    """Mix integers into 64 bits."""
-    packed = struct.pack(f"<{len(numbers)}Q", *[number % 2**64 for number in numbers])
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
-
-
-class _Philox(threading.local):
-    """A thread's own generator: to set its state takes a fifth of the time of making one."""
-
-    def __init__(self):
-        self.generator = np.random.Philox(key=0)
-        self.start = self.generator.state
-        self.key = self.start["state"]["key"]
-
-
-_philox = _Philox()
-
-
-def random_bits(count: int, *key: int) -> np.ndarray:
-    """`count` uniform uint64 that are a function of the key alone."""
-    _philox.key[0] = hash64(*key)
-    _philox.generator.state = _philox.start
-    return _philox.generator.random_raw(count)
-
-
-def uniforms(count: int, *key: int) -> np.ndarray:
-    """`count` float64 in [0, 1) that are a function of the key alone."""
-    return (random_bits(count, *key) >> np.uint64(11)) * 2.0**-53
-
-
-def augmentation_seed(seed: int, epoch: int, index: int) -> int:
-    """What decides the augmentation of one sample in one epoch."""
-    return hash64(seed, epoch, index)
-
-
-def digest(indices: list[int], seeds: list[int]) -> int:
-    """Order-free 64-bit hash of samples and their augmentation seeds: digests of disjoint parts add up (mod 2**64)."""
-    return sum(hash64(index, seed) for index, seed in zip(indices, seeds, strict=True)) % 2**64
+from .draws import random_bits
+from .errors import UserError
 
 
 class Blocks(NamedTuple):

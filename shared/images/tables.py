@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from ..accelerator import on_main_process
-from ..config import UserError
+from ..collectives import on_main_process
+from ..errors import UserError
 from .storage import Rows
 
 IMAGE_COLUMN, LABEL_COLUMN = "--image_column", "--label_column"

@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import UserError, end_workers, one_line, say
-from ..interruption import ignore_signals
+from ..draws import augmentation_seed, digest
+from ..errors import UserError, say
+from ..launch import rank
+from ..lifetime import end_workers, ignore_signals, one_line
+from ..metrics import IGNORED
+from ..order import EvaluationOrder, TrainingOrder
 from .decode import View, decoder, render
-from .order import EvaluationOrder, TrainingOrder, augmentation_seed, digest
 from .sources import Source
 
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
@@ -38,7 +41,6 @@ _sent: set[int] = set()  # of a worker: addresses of its slots that its parent h
 _mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
 LIMIT = 600  # seconds without a batch, as NCCL waits for its peers
 PATIENCE = 20  # seconds without a batch once the run is to stop: torchrun's workers are killed after 30
-TORN = -100  # the label of an image that was left out: torch's cross-entropy ignores it
 
 
 class Batch(NamedTuple):
@@ -150,7 +152,7 @@ class Views(Dataset):
                     indices[row], labels[row], seeds[row] = index, self.source.labels[index], seed
                     break
                 except (OSError, ValueError) as error:
-                    labels[row] = TORN
+                    labels[row] = IGNORED
                     if counts:
                         torn.append(f"{self.source.images.name(index)}: {error}")
                     if tries + 1 >= min(len(self), MOST_TRIES):
@@ -227,10 +229,6 @@ def _begin_worker(slots: int, used: Tensor | None, parent: int, worker: int) -> 
         os._exit(1)
 
 
-# Before multiprocessing waits for them: it asks by SIGTERM, which they ignore.
-atexit.register(end_workers)
-
-
 def worker_options(
     num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
 ) -> dict:
@@ -240,6 +238,9 @@ def worker_options(
     Raises UserError where workers could not send what they make."""
     if num_workers:
         _try_to_send()
+        # Before multiprocessing waits for them: it asks by SIGTERM, which they ignore. Called twice, it is no harm.
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)
     return {
         "collate_fn": _as_is,
         "num_workers": num_workers,
@@ -386,8 +387,7 @@ def _end(line: str, reason: str) -> None:
 
 def _failed(line: str) -> UserError:
     """Return an error that only this process has seen: its message names the rank."""
-    rank = os.environ.get("RANK", "0")
-    error = UserError(line if rank == "0" else f"rank {rank}: {line}")
+    error = UserError(f"rank {rank()}: {line}" if rank() else line)
     error.alone = True
     return error
 

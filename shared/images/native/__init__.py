@@ -2,6 +2,7 @@
 """crop_jpeg.c as a library, which this machine's C compiler makes at the first use, in about a second."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -12,17 +13,28 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from ..locks import complete
-from .index import cache_folder
+from ...errors import say
+from ...files import complete
+from ...launch import rank
+from ..index import cache_folder
 
 MULTIARCH = f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}"  # Debian's, of what depends on the machine
 SOURCE = Path(__file__).with_name("crop_jpeg.c")
+SWITCH = "RECIPES_NATIVE_DECODER"
 OPTIONS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # fused products would round the weights otherwise
 
 
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return what `load` does, once a process: call it before worker processes are forked."""
+    return load()
+
+
 def load() -> ctypes.CDLL | None:
-    """The library, from the cache of `$SCRATCH` or of the user; None where no C compiler or no libjpeg-turbo with its
-    headers is installed. Says in one line why what could be made was not."""
+    """Return the library, from the cache of `$SCRATCH` or of the user; None under RECIPES_NATIVE_DECODER=0, and where
+    no C compiler or no libjpeg-turbo with its headers is installed. Says that it was compiled, or why not."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return None
     compiler = shlex.split(os.environ.get("CC") or "cc")
     headers = next((folder for folder in _include_folders() if (folder / "jpeglib.h").exists()), None)
     if sys.platform not in ("linux", "darwin") or headers is None or not shutil.which(compiler[0]):
@@ -67,16 +79,18 @@ def _compile(compiler: list[str], headers: Path, path: Path) -> None:
         if process.returncode:
             lines = process.stderr.splitlines()
             raise OSError(next((line for line in lines if "error" in line), f"{compiler[0]} failed"))
+    if rank() == 0:
+        say(f"compiled {SOURCE.name} for this machine, to decode JPEGs faster ({SWITCH}=0: without)", sys.stderr)
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
     image = [ctypes.c_char_p, ctypes.c_size_t]
-    library.jpeg_size.argtypes, library.jpeg_size.restype = image, ctypes.c_uint64
-    library.crop_jpeg.argtypes = [*image, *[ctypes.c_int] * 6, ctypes.c_void_p]
-    return library
+    made.jpeg_size.argtypes, made.jpeg_size.restype = image, ctypes.c_uint64
+    made.crop_jpeg.argtypes = [*image, *[ctypes.c_int] * 6, ctypes.c_void_p]
+    return made
 
 
-def libjpeg_version(library: ctypes.CDLL) -> str:
+def libjpeg_version() -> str:
     """The version of libjpeg-turbo that the library was compiled for, such as 2.1.5."""
-    number = ctypes.c_int.in_dll(library, "libjpeg_turbo").value
+    number = ctypes.c_int.in_dll(library(), "libjpeg_turbo").value
     return ".".join(str(number // 1000**power % 1000) for power in (2, 1, 0))

@@ -1,29 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run's folder, of which one process writes and which may be cut off at any byte."""
+"""Name everything that decides a run's loss curve, and where the run was made."""
 
 import ast
 import contextlib
-import errno
+import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from ..config import SIZES, RunConfig
+from ..launch import program
 
-from .config import UserError, job_folder
-from .locks import take_lock
-from .tensor_files import replace_text, to_disk
+IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
+COLUMNS = ("image_column", "label_column")  # they decide where they are given, alone
 
-LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
+
+def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:
+    """Everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
+    data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
+    chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
+    chosen |= {name: getattr(run_config, name) for name in COLUMNS if getattr(run_config, name)}
+    values = {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in SIZES}
+
+
+def identity_hash(values: dict) -> str:
+    """8 hex digits, the same wherever the same values are given."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
 # What says how a run was launched. Of Slurm's variables, which may hold secrets (SLURM_JWT), only what is named here:
 # the job, and what it was given.
@@ -34,87 +45,6 @@ LAUNCHER_VARIABLES = re.compile(
     "|SUBMIT_(DIR|HOST)|RESTART_COUNT|NODEID|PROCID|LOCALID|NTASKS|CPUS_(PER_TASK|ON_NODE)|GPUS_ON_NODE)"
 )
 SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
-
-
-def wait_for_preflight() -> None:
-    """Of a job by plain sbatch, which slurm/launch.sh makes meanwhile; raises UserError where it refuses the job."""
-    folder = job_folder()
-    while folder and (folder / "unchecked").exists():
-        time.sleep(0.1)
-    if folder and (folder / "refused").exists():
-        raise UserError("the preflight refuses this job. The end of the log says why.")
-
-
-def lock(folder: Path) -> FileLock:
-    """One run per folder; raises UserError where another one stays there."""
-    holder = read_json(folder / "summary.json")
-    use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    try:
-        return take_lock(folder / "lock", use, LOCK_SECONDS)
-    except Timeout:
-        raise UserError(f"{use}. Stop it, or give another --output_dir.") from None
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """At the start, when an error costs nothing."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Give another --output_dir.") from error
-
-
-def read_json(path: Path) -> dict:
-    """Nothing where it is absent, or was torn by a loss of power: each start writes it anew."""
-    return _parse(path.read_text(errors="replace")) if path.exists() else {}
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Raises OSError, and leaves the former file whole."""
-    replace_text(path, json.dumps(values, indent=1) + "\n")
-
-
-def _parse(text: str) -> dict:
-    """Nothing where a kill tore it."""
-    with contextlib.suppress(json.JSONDecodeError):
-        values = json.loads(text)
-        return values if isinstance(values, dict) else {}
-    return {}
-
-
-class MetricsFile:
-    """metrics.jsonl: one object a line, each once and in its place, whatever the disk has room for."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.unwritten, self.bytes = [], 0  # lines that wait for room; size without them
-
-    def drop_after(self, step: int) -> list[dict]:
-        """What a resume makes anew, and a last line that was torn; returns the others."""
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        kept = [line for line in map(_parse, lines) if line.get("step", math.inf) <= step]
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.bytes = self.path.stat().st_size
-        return kept
-
-    def append(self, line: dict) -> None:
-        """Raises OSError where there is no room; the line is then written with the next one that finds some."""
-        self.unwritten.append(json.dumps(line) + "\n")
-        self.write()
-
-    def write(self) -> None:
-        data = "".join(self.unwritten).encode()
-        with open(self.path, "ab", buffering=0) as file:
-            if file.tell() > self.bytes:
-                file.truncate(self.bytes)  # a part, of what did not fit
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.bytes, self.unwritten = self.bytes + len(data), []
-
-    def to_disk(self) -> None:
-        """Before a checkpoint that lies past these lines; raises OSError."""
-        self.write()
-        to_disk(self.path)
 
 
 # What config.json says of where a run was made
@@ -143,10 +73,9 @@ def recipe_source() -> dict[str, str]:
     """Name -> hash of each function, class and constant of the recipe, with where it imports from what it uses.
 
     Comments, docstrings and layout do not count, nor do the fields of Config: their values are the run's identity.
-    Nothing where there is no file. Read once, by build_accelerator: it may be edited while the data is listed.
+    Nothing where there is no file.
     """
-    path = Path(sys.argv[0])
-    tree = ast.parse(path.read_bytes() if path.is_file() else "")
+    tree = ast.parse(program()[1])
     parts, origins = {}, {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -163,7 +92,7 @@ def recipe_source() -> dict[str, str]:
 
 def shared_source() -> dict[str, str]:
     """File of `shared` -> hash."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c"))
     return {str(path.relative_to(folder)): _hash(path.read_bytes()) for path in files}
 

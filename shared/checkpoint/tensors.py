@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.checkpoint import Metadata, StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -21,8 +22,65 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
+from torch.optim import Optimizer
+
+from ..files import to_disk, write_json
+
+# One entry a parameter, not one a group: then each process of a pipeline can bring its own parameters.
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that this process holds."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights and buffers, and the optimizer's tensors, by plain names, each as this process holds it.
+
+    What else an optimizer keeps comes from the configuration. torch's get_state_dict gives the same, and takes longer
+    than to copy the values.
+    """
+    # First: it makes shards again of what an evaluation leaves whole under FSDP; the optimizer's are the shards.
+    weights = model.state_dict()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {
+        f"state.{names[parameter]}.{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    return plain_names(weights, moments)
+
+
+def plain_names(weights: dict, moments: dict) -> dict[str, Tensor]:
+    both = [(f"model.{name}", value) for name, value in weights.items()]
+    both += [(f"optimizer.{name}", value) for name, value in moments.items()]
+    return {name.replace("_orig_mod.", ""): value for name, value in both if isinstance(value, Tensor)}
+
+
+def own_share(tensors: dict[str, Tensor], model: nn.Module, rank: int, size: int) -> dict[str, Tensor]:
+    """What this one of the data-parallel processes writes: its shards, and a part of what each of them holds whole.
+
+    Buffers are rank 0's: batch norm's statistics differ until DDP's next forward sends that one's to all.
+    """
+    buffers = set(plain_names(dict(model.named_buffers()), {}))
+    loads, mine = [0] * size, {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        writer = rank if isinstance(tensor, DTensor) else 0 if name in buffers else loads.index(min(loads))
+        if not isinstance(tensor, DTensor):
+            loads[writer] += tensor.nbytes
+        if writer == rank:
+            mine[name] = tensor
+    return mine
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
 
 INDEX = "index.json"
 
@@ -151,25 +209,3 @@ def _done(result) -> Future:
     future = Future()
     future.set_result(result)
     return future
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would outlive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """A reader finds the former text or this one, whole, also after a loss of power."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text)
-    to_disk(beside)
-    os.replace(beside, path)
-
-
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values) + "\n")
-    to_disk(path)

@@ -19,9 +19,9 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from ..accelerator import on_main_process
-from ..config import UserError
-from ..locks import make_once
+from ..collectives import on_main_process
+from ..errors import UserError
+from ..files import make_once
 from .tree import States, state_of
 
 NAME = "index.safetensors"  # beside shards

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a checkpoint back, into a training or as weights."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..errors import UserError
+from ..launch import strategy
+from .deepspeed import load_zero, refuse_other_zero
+from .retention import STATE
+from .tensors import FLAT, TensorReader, plain_names, unwrapped
+
+
+def load_checkpoint(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict:
+    """Put everything back and return state.json's content; every process must call it.
+
+    Raises UserError where the checkpoint lacks something that the training has, or has what the training lacks, and
+    where its files are no tensors or no JSON.
+    """
+    try:
+        return _load(path, accelerator, model, optimizer, scheduler)
+    except dcp.api.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error
+    raise UserError(f"{path} cannot be read: {reason}. Give --resume_from_checkpoint another one.")
+
+
+def _load(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict:
+    refuse_other_zero(path, accelerator.num_processes)
+    if strategy().startswith("zero"):
+        load_zero(path, model)
+    else:
+        _load_tensors(path, accelerator, model, unwrapped(optimizer))
+    state = read_state(path)
+    if accelerator.scaler and state["scaler"]:  # none: written in another precision, which --resume_override names
+        accelerator.scaler.load_state_dict(state["scaler"])
+    rates = scheduler.base_lrs
+    scheduler.load_state_dict(state["scheduler"])
+    scheduler.base_lrs, scheduler.last_epoch = rates, scheduler.last_epoch - 1
+    scheduler.step()  # to the rates of this configuration, which --resume_override may have changed
+    return state
+
+
+def _load_tensors(path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    weights, moments = get_state_dict(model, optimizer, options=FLAT)
+    reader = TensorReader(path)
+    there = set(reader.read_metadata().state_dict_metadata)
+    if not any(name.startswith("optimizer.") for name in there):
+        moments = {}  # every step so far was skipped
+    tensors = plain_names(weights, moments)
+    _check_names(path, there, set(tensors), accelerator)
+    # Into the tensors themselves; set_state_dict then tells those of them that the optimizer has made anew.
+    dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
+    if moments:
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
+    else:
+        optimizer.state.clear()  # get_state_dict has made one
+
+
+def read_state(path: Path) -> dict:
+    """state.json of a checkpoint: step, scheduler, scaler, and what the recipe gave as `loader`."""
+    return json.loads((path / STATE).read_text())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Plain name -> whole weight or buffer, on the CPU, whoever wrote its parts; DeepSpeed's are in fp32."""
+    reader, part = TensorReader(path), "model."
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(part)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(part): tensor for name, tensor in state.items()}
+
+
+def _check_names(path: Path, there: set[str], mine: set[str], accelerator: Accelerator) -> None:
+    everyone = [mine]
+    if accelerator.num_processes > 1:
+        everyone = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(everyone, mine)
+    wanted = set().union(*everyone)
+    for these, those, verb in ((wanted, there, "lacks"), (there, wanted, "has, but this training has not,")):
+        if these - those:
+            names = ", ".join(sorted(these - those)[:3])
+            raise UserError(f"{path} {verb} {names}. Resume with the model and optimizer that wrote it.")

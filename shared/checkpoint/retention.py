@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at the checkpoints that are there: which are whole, which one to resume, which to keep."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import UserError
+
+MANIFEST, STATE = "manifest.json", "state.json"
+ASIDE = "aside-"  # instead of step-: see put_aside
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """In two steps, so that no kill leaves a part of it under its name."""
+    beside = folder.with_name(folder.name.replace("step-", "tmp-"))
+    shutil.rmtree(beside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm
+        os.rename(folder, beside)
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+def checksum(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def read_manifest(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """Why a checkpoint cannot be used; None where it is whole. contents: compare checksums too, not only sizes."""
+    try:
+        files = read_manifest(folder)["files"]
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        strangers = there - {*files, MANIFEST}
+        if strangers:
+            return f"{min(strangers)} is not in its {MANIFEST}"
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda name: _file_damage(folder / name, files[name], contents), files)
+            return next(filter(None, found), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+
+
+def _file_damage(path: Path, expected: dict, contents: bool) -> str | None:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes instead of {expected['bytes']}"
+    if contents and checksum(path)["sha256"] != expected["sha256"]:
+        return f"{path.name} is not what was written: its SHA-256 differs"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; a folder that bears this name was written to its end."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def superfluous(folder: Path, keep: int) -> list[Path]:
+    """Whole checkpoints but the newest `keep` and the one with the best accuracy, the newest of equals. What is
+    damaged neither counts nor goes."""
+    whole = [path for path in checkpoints(folder) if damage(path, contents=False) is None]
+    best = max(whole, key=lambda path: (read_manifest(path).get("accuracy") or -1, path), default=None)
+    return [path for path in whole[:-keep] if path != best]
+
+
+def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> tuple[Path | None, list[str]]:
+    """What `--resume_from_checkpoint` means here, None for a fresh start; and a line for each damaged one passed over.
+
+    A path begins the folder's run, or takes it back to one of its own checkpoints. It does so once: what was written
+    since is newer, and a job that is started again with the same command goes on from there.
+
+    Raises UserError for a path that is no whole checkpoint, for `never` where the folder holds one, and where all are
+    damaged.
+    """
+    there = checkpoints(folder)
+    if resume_from_checkpoint == "never" and there:
+        raise UserError(f"{folder.parent} holds a run. Remove that folder, or give another --output_dir.")
+    newest, passed = _newest_whole(there)
+    if resume_from_checkpoint not in ("auto", "never"):
+        path = Path(resume_from_checkpoint).resolve()
+        if newest is None or not _follows(newest, path):
+            return _named_checkpoint(path, resume_from_checkpoint), []
+    elif newest is None and passed:
+        raise UserError(f"{passed[0]}, and no other is whole. Remove {folder.parent} to start afresh.")
+    return newest, passed
+
+
+def _newest_whole(there: list[Path]) -> tuple[Path | None, list[str]]:
+    passed = []
+    for path in reversed(there):
+        reason = damage(path)
+        if reason is None:
+            return path, passed
+        passed.append(f"{path} is damaged: {reason}")
+    return None, passed
+
+
+def _follows(newest: Path, path: Path) -> bool:
+    """Whether a folder's newest checkpoint, rather than the path that was given, is to be gone on from."""
+    elsewhere = path.parent != newest.parent.resolve()
+    return (
+        path.name.startswith("step-")
+        and newest.name > path.name
+        and (elsewhere or read_manifest(newest).get("begun_from") == str(path))
+    )
+
+
+def _named_checkpoint(path: Path, given: str) -> Path:
+    reason = damage(path) if path.name.startswith("step-") else "a checkpoint is a folder step-XXXXXXXX"
+    if reason:
+        raise UserError(
+            f"--resume_from_checkpoint {given} is no whole checkpoint: {reason}. "
+            "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
+        )
+    return path
+
+
+def put_aside(folder: Path, checkpoint: Path) -> None:
+    """Rename what lies past the checkpoint that is gone on from, damaged or not: it is no part of the run any more,
+    would block the saves of these steps, and is the user's to look at and to remove."""
+    for path in checkpoints(folder):
+        if path.name > checkpoint.name:
+            beside = path.with_name(path.name.replace("step-", ASIDE))
+            shutil.rmtree(beside, ignore_errors=True)
+            os.rename(path, beside)

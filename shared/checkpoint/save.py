@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a run's checkpoints: complete or absent, in the background where that is asked for."""
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..collectives import data_parallel
+from ..files import to_disk, write_json
+from ..launch import strategy
+from .deepspeed import write_zero
+from .retention import MANIFEST, STATE, checksum, remove_checkpoint, superfluous
+from .tensors import TensorWriter, local, own_share, state_tensors, unwrapped
+
+
+class SaveError(RuntimeError):
+    """No checkpoint was written: raised by every process, also where only one had the reason."""
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, in the background where that is asked for. Every process makes one and calls every
+    method."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, identity: dict, keep: int, background: bool):
+        """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by accuracy stays besides."""
+        self.folder, self.accelerator, self.identity, self.keep = folder, accelerator, identity, keep
+        self.background, self.buffers = background, {}
+        self.thread: threading.Thread | None = None
+        self.error: SaveError | None = None
+        self.begin, self.seconds = 0.0, 0.0  # of the save at work; that the longest took until it was durable
+        self.alone = accelerator.num_processes == 1
+        # A group of its own: the thread's messages must not come between the training's.
+        self.group = None if self.alone else torch.distributed.new_group(backend="gloo")
+
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict, manifest: dict
+    ) -> None:
+        """Write step-XXXXXXXX of state["step"], then remove what need not be kept.
+
+        state is for the resume, manifest for people and tools; both in what JSON can hold. Raises SaveError on every
+        process; every checkpoint that was complete then still is. One at a time: call `wait` before.
+        """
+        assert self.thread is None
+        self.begin = time.monotonic()
+        final, temporary = (self.folder / f"{word}-{state['step']:08d}" for word in ("step", "tmp"))
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        state = {**state, "scheduler": scheduler.state_dict(), "scaler": scaler}
+        manifest = {"step": state["step"], "identity": self.identity, **manifest}
+        tensors = {}
+        with self._removed_on_failure(temporary):
+            self.agreed(lambda: _make(temporary), on_main=True)
+            self.agreed(lambda: tensors.update(self._taken(temporary, model, optimizer)))
+        if self.background:
+            arguments = temporary, final, tensors, self.buffers, state, manifest
+            self.thread = threading.Thread(target=self._write_behind, args=arguments, daemon=True)
+            self.thread.start()
+        else:
+            self._write(temporary, final, tensors, None, state, manifest)
+
+    def wait(self) -> SaveError | None:
+        """Until the save in the background is durable; what went wrong with it, once, the same on every process."""
+        if self.thread:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        return error
+
+    def failure(self) -> SaveError | None:
+        """As `wait`, if it has ended. Processes may see that at different steps: it is for a message only."""
+        return None if self.thread and self.thread.is_alive() else self.wait()
+
+    def _write_behind(self, *arguments) -> None:
+        try:
+            self._write(*arguments)
+        except SaveError as error:
+            self.error = error
+        except Exception as error:  # of a connection to a process that is gone: the training will find it as well
+            self.error = SaveError(str(error))
+
+    def _taken(self, temporary: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        """What this process writes; for the background, its values are copied."""
+        if strategy().startswith("zero"):
+            return write_zero(temporary, self.accelerator, model)
+        whole = model.module if isinstance(model, DistributedDataParallel) else model
+        tensors = own_share(state_tensors(whole, unwrapped(optimizer)), whole, *data_parallel(self.accelerator))
+        if self.background:
+            self._stage(tensors)
+        return tensors
+
+    def _stage(self, tensors: dict) -> None:
+        """Copy this process's parts into memory of the host that is used again by the next save."""
+        cuda = self.accelerator.device.type == "cuda"
+        for name, tensor in tensors.items():
+            part = local(tensor)
+            if name not in self.buffers or self.buffers[name].shape != part.shape:
+                self.buffers[name] = torch.empty_like(part, device="cpu", pin_memory=cuda)
+            self.buffers[name].copy_(part, non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+
+    def _write(
+        self, temporary: Path, final: Path, tensors: dict, staged: dict | None, state: dict, manifest: dict
+    ) -> None:
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        with self._removed_on_failure(temporary):
+            self._save_tensors(tensors, TensorWriter(temporary, rank, staged))
+            names = self.agreed(lambda: _finish(temporary, state), on_main=True)[0]
+            sums = self.agreed(lambda: {name: checksum(temporary / name) for name in names[rank::size]})
+            manifest["files"] = {name: entry for part in sums for name, entry in part.items()}
+            self.agreed(lambda: _publish(temporary, final, manifest, self.keep), on_main=True)
+        self.seconds = max(self.seconds, time.monotonic() - self.begin)
+
+    @contextlib.contextmanager
+    def _removed_on_failure(self, temporary: Path) -> Iterator[None]:
+        """So that a part of a checkpoint does not fill a disk that has no room for the whole."""
+        try:
+            yield
+        except SaveError:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _save_tensors(self, tensors: dict, writer: TensorWriter) -> None:
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.alone)
+        except dcp.api.CheckpointException as error:  # torch raises it on every process
+            rank, (problem, _) = next(iter(error.failures.items()))
+            raise SaveError(f"{problem} (process {rank})") from error
+
+    def agreed(self, function: Callable, on_main: bool = False) -> list:
+        """What each process's call gave. Where one of them fails, all raise SaveError, so that none leaves alone."""
+        outcome = None, None
+        if self.accelerator.is_main_process or not on_main:
+            try:
+                outcome = function(), None
+            except Exception as error:
+                outcome = None, str(error) or type(error).__name__
+        outcomes = [outcome]
+        if not self.alone:
+            outcomes = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(outcomes, outcome, group=self.group)
+        for rank, (_, error) in enumerate(outcomes):
+            if error:
+                raise SaveError(f"{error} (process {rank})")
+        return [result for result, _ in outcomes]
+
+
+def _make(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _finish(temporary: Path, state: dict) -> list[str]:
+    write_json(temporary / STATE, state)
+    return sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+
+
+def _publish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
+    write_json(temporary / MANIFEST, manifest)
+    for folder in {(temporary / name).parent for name in manifest["files"]}:
+        to_disk(folder)
+    os.rename(temporary, final)  # none is there: `put_aside` has moved those past the one that was resumed
+    to_disk(final.parent)
+    for old in superfluous(final.parent, keep):
+        remove_checkpoint(old)

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in, batches on the device out; which samples make a step depends on seed and step alone."""
+
+from .loader import Batch, Loader, Views
+from .sources import Source, open_data
+from .views import evaluation_view, training_view
+
+__all__ = ["Batch", "Loader", "Source", "Views", "evaluation_view", "open_data", "training_view"]
