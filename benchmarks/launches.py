@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT / "tools"))  # for memory_estimate
 from shared.accelerator import build_accelerator
 from shared.collectives import data_parallel
 from shared.config import RunConfig
-from shared.images import Batch, Source, Views
+from shared.images import Batch, Loader, Source, Views
 from shared.images.storage import Pixels
 from shared.lifetime import die_with_parent
 from shared.models.vit import SIZES, VisionTransformer, vit_config
+from shared.order import TrainingOrder
 from shared.run import Run
 
 CLASSES, STEPS, BATCH = 1000, 1000, 4
@@ -100,12 +101,15 @@ def build(recipe, accelerator, config) -> tuple:
     return model, pipeline, accelerator.prepare_optimizer(optimizer), scheduler
 
 
-def blank_images(config) -> Views:
+def blank_images(accelerator, config) -> Loader:
     """As much of a data set as a run looks at: black images, all one piece of memory."""
-    count, size = STEPS * config.global_batch_size, config.image_size
+    batch, size, (rank, processes) = config.global_batch_size, config.image_size, data_parallel(accelerator)
+    count = STEPS * batch
     pixels = np.broadcast_to(np.zeros((1, size, size, 3), np.uint8), (count, size, size, 3))
     classes = [str(number) for number in range(CLASSES)]
-    return Views(Source(Pixels(pixels), np.arange(count) % CLASSES, classes), None, None, size, seed=0)
+    order = TrainingOrder(count, batch, batch // processes, rank, processes, seed=0)
+    source = Source(Pixels(pixels), np.arange(count) % CLASSES, classes)
+    return Loader(Views(source, None, order, size, seed=0), accelerator.device, num_workers=0)
 
 
 def train(recipe, config, folder: Path, watch: AbstractContextManager, before_update: Callable | None = None) -> int:
@@ -114,7 +118,7 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
     model, pipeline, optimizer, scheduler = build(recipe, accelerator, config)
     flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
     run_config = RunConfig(output_dir=str(folder / "run"), **flags)
-    data = SimpleNamespace(dataset=blank_images(config), order=SimpleNamespace(steps_per_epoch=STEPS), decoder=None)
+    data = blank_images(accelerator, config)
     run = Run(accelerator, run_config, config, data, data)
     images = config.global_batch_size // data_parallel(accelerator)[1]
     size, device = config.image_size, accelerator.device
@@ -122,6 +126,7 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
         torch.ones(images, dtype=kind, device=device) for kind in (torch.int64, torch.bool, torch.int64, torch.bool)
     ]
     batch, stack = Batch(torch.randn(images, 3, size, size, device=device), *ones, digest=0), ExitStack()
+    batch = batch._replace(step_weight=data.order.step_weight(0), parts=data.order.parts)
     loader = SimpleNamespace(starting_at=lambda step: itertools.repeat(batch))
     # The loop calls it after every step.
     run.profiler = SimpleNamespace(step=lambda: stack.enter_context(watch) if run.step == 1 else stack.close())

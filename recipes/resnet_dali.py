@@ -20,10 +20,10 @@ Base: resnet.py. Changes: build_loaders.
 
 DALI is fed each batch's images in our order, from any storage, with the crops that our augmentation drew; the position
 is the checkpoint's step. Pixels are within 0.5 of 255 of resnet.py's in an image's mean, or 5 where that shrinks while
-it decodes. What is no sound, plain JPEG goes to the decoder of all recipes, which names torn images.
+it decodes. What is no sound, plain JPEG goes to the decoder of all recipes, which names undecodable images.
 
-When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 397 images/s of a core at
-224 px, DALI with its own reader 354, resnet.py 881 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-26.json).
+When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 465 images/s of a core at
+224 px, DALI with its own reader 497, resnet.py 1,165 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
 import sys
@@ -156,7 +156,7 @@ def build_loaders(accelerator, run_config, config):
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers, layout, read=Dali)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
@@ -184,7 +184,7 @@ def parallelize(accelerator, model, optimizer, config):
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
-    settle_buckets(model, config.image_size)
+    settle_buckets(model, torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device))
     if config.compile:
         model.compile()
     return model, optimizer
@@ -196,15 +196,20 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+            total = cross_entropy(
+                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
+            )
+            loss = total / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
-            accelerator.backward(loss)
+            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
-                if run.is_finite(grad_norm):
+                if not run.skips(grad_norm):
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

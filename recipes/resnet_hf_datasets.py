@@ -28,8 +28,8 @@ ours, and with it the loss curve on any number of processes: its own shuffle, an
 Nor is its decoding, which makes a PIL image of each row: the bytes go to the decoder of all other recipes.
 
 When: the images lie in a hub's format, or programs beside this one read them by `datasets`. Measured on 2 CPU cores,
-one worker, images/s of a core at 224 px: 819 from parquet and 881 from tar shards by our decoder, 232 where `datasets`
-decodes and torchvision transforms (benchmarks/results/loaders_cpu2_2026-11-26.json).
+one worker, images/s of a core at 224 px: 1,159 from parquet and 1,165 from tar shards by our decoder, 267 where `datasets`
+decodes and torchvision transforms (benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
 import os
@@ -144,7 +144,7 @@ def build_loaders(accelerator, run_config, config):
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers, layout)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
@@ -172,7 +172,7 @@ def parallelize(accelerator, model, optimizer, config):
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
-    settle_buckets(model, config.image_size)
+    settle_buckets(model, torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device))
     if config.compile:
         model.compile()
     return model, optimizer
@@ -184,15 +184,20 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+            total = cross_entropy(
+                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
+            )
+            loss = total / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
-            accelerator.backward(loss)
+            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
-                if run.is_finite(grad_norm):
+                if not run.skips(grad_norm):
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

@@ -24,8 +24,8 @@ counts epochs and micro-batches, which are the same on each process and on any n
 holds the number of its workers besides, and asks for the same one.
 
 When: the order of your samples cannot be a function of the step, or threads suit you better than processes. Measured
-on 2 CPU cores, images/s of a core at 224 px: 863 by one thread of nodes, 881 by one worker process
-(benchmarks/results/loaders_cpu2_2026-11-26.json).
+on 2 CPU cores, images/s of a core at 224 px: 1,134 by one thread of nodes, 1,165 by one worker process
+(benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
 from dataclasses import dataclass
@@ -146,7 +146,7 @@ def build_loaders(accelerator, run_config, config):
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def loader(source, view, order, read):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers, layout, read=read)
 
     read = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline]
@@ -175,7 +175,7 @@ def parallelize(accelerator, model, optimizer, config):
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
-    settle_buckets(model, config.image_size)
+    settle_buckets(model, torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device))
     if config.compile:
         model.compile()
     return model, optimizer
@@ -187,15 +187,20 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader:
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+            total = cross_entropy(
+                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
+            )
+            loss = total / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
-            accelerator.backward(loss)
+            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
-                if run.is_finite(grad_norm):
+                if not run.skips(grad_norm):
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, times data parallelism.
 
-Base: vit.py. Changes: Stage, MeasuredStage, stage_table, parallelize, step, last, average, clip_grad_norm,
+Base: vit.py. Changes: Stage, MeasuredStage, stage_table, parallelize, step, last, add_up, clip_grad_norm,
 train_one_epoch, evaluate, check_sizes, main.
 Longer than 250 lines: a stage that measures itself is a part of the lesson.
 
@@ -101,7 +101,7 @@ def build_loaders(accelerator, run_config, config):
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
 
     def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
@@ -233,24 +233,25 @@ def parallelize(accelerator, model, config):
     stages, number = config.pipeline_parallel_size, accelerator.mesh.get_local_rank("pp")
     part = Stage(model, number, stages).to(accelerator.device)
     part.forward = accelerator.autocast()(part.forward)
-    # Each chunk's mean is one of chunks x accumulation steps: their gradients add up to the batch's.
-    share = 1 / (config.pipeline_chunks * config.gradient_accumulation_steps)
 
     def loss(logits, labels):
-        return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing) * share
+        """The chunk's share of the step's loss: all chunks of all replicas add up to it, and so do their gradients."""
+        total = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum")
+        share = total / config.global_batch_size
+        return share * (1 + 0 * share.detach())  # times 1, unless it is not finite: then no gradient is
 
     stage = MeasuredStage(part, number, stages, accelerator.device, group=accelerator.mesh["pp"].get_group())
     schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[config.pipeline_schedule]
     return part, stage, schedule(stage, config.pipeline_chunks, loss, scale_grads=False)
 
 
-def step(accelerator, stage, schedule, batch, config):
-    """Forward and backward of all chunks of one batch; its mean loss, on every stage."""
+def step(accelerator, stage, schedule, batch):
+    """Forward and backward of all chunks of one batch; its share of the step's loss, on every stage."""
     images = (batch.images,) if stage.is_first else ()
     target, losses = (batch.labels, []) if stage.is_last else (None, None)
     schedule.step(*images, target=target, losses=losses, return_outputs=False, sample_seeds=batch.seeds)
     total = sum(losses).detach() if losses else torch.zeros((), device=accelerator.device)
-    return last(accelerator, total) * config.gradient_accumulation_steps
+    return last(accelerator, total)
 
 
 def last(accelerator, tensor):
@@ -260,11 +261,11 @@ def last(accelerator, tensor):
     return tensor
 
 
-def average(accelerator, model):
-    """The gradients over the replicas of a stage, in one message: DDP's hooks would not bear GPipe's many forwards."""
+def add_up(accelerator, model):
+    """Sum the gradients over the replicas of a stage, in one message: DDP's hooks would not bear GPipe's forwards."""
     gradients = [parameter.grad for parameter in model.parameters()]
     distributed.all_reduce(total := parameters_to_vector(gradients), group=accelerator.mesh["dp"].get_group())
-    vector_to_parameters(total / data_parallel(accelerator)[1], gradients)
+    vector_to_parameters(total, gradients)
 
 
 def clip_grad_norm(accelerator, model, max_norm):
@@ -281,15 +282,16 @@ def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, sche
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate():
             with stage.measure(run.will_log):
-                loss = step(accelerator, stage, schedule, batch, config)
+                loss = step(accelerator, stage, schedule, batch)
             run.observe(batch, loss)
             if accelerator.sync_gradients:
-                average(accelerator, model)
+                add_up(accelerator, model)
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm or float("inf"))
-                if run.is_finite(grad_norm):
+                if not run.skips(grad_norm):
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

@@ -102,7 +102,7 @@ def build_loaders(accelerator, run_config, config):
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
 
     def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
@@ -183,15 +183,20 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
-            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+            total = cross_entropy(
+                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
+            )
+            loss = total / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
-            accelerator.backward(loss)
+            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
-                if run.is_finite(grad_norm):
+                if not run.skips(grad_norm):
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

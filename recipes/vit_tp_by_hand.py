@@ -160,12 +160,12 @@ def parallel_embedding(table, indices, length):
 
 
 def parallel_cross_entropy(logits, labels, classes, label_smoothing):
-    """Mean cross-entropy of logits (B, the rank's own classes): nobody ever holds a whole row of them."""
+    """Summed cross-entropy of logits (B, the rank's own classes): nobody ever holds a whole row of them."""
     # Less the greatest of all, so that exp cannot overflow; the result does not depend on it, so no gradient either.
     logits = logits.float() - all_reduced(logits.detach().float().amax(1, keepdim=True), dist.ReduceOp.MAX)
     target = cut(one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes, 1)
     exponentials, hits = G.apply(torch.stack([logits.exp().sum(1), (target * logits).sum(1)]))
-    return (exponentials.log() - hits).mean()
+    return (exponentials.log() - hits).sum()
 
 
 # Data parallelism
@@ -256,7 +256,7 @@ def build_loaders(accelerator, run_config, config):
     eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
 
     def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
@@ -278,15 +278,18 @@ def train_one_epoch(accelerator, model, buckets, loader, optimizer, scheduler, c
             buckets.active = accelerator.sync_gradients
             with accelerator.autocast():
                 logits = model(batch.images)
-            loss = parallel_cross_entropy(logits, batch.labels, model.config.num_labels, config.label_smoothing)
+            total = parallel_cross_entropy(logits, batch.labels, model.config.num_labels, config.label_smoothing)
+            loss = total / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
-            accelerator.backward(loss)
+            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
         if accelerator.sync_gradients:
             buckets.wait()
             grad_norm = clip_grad_norm_(model, config.max_grad_norm or float("inf"))
-            if run.is_finite(grad_norm):
+            if not run.skips(grad_norm):
                 optimizer.step()
             optimizer.zero_grad()
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -367,7 +370,7 @@ def check(config, sizes, seed, device):
 
     def hand_loss():
         logits = hand(cut(images, 0, "dp"))
-        loss = parallel_cross_entropy(logits, cut(labels, 0, "dp"), classes, smoothing)
+        loss = parallel_cross_entropy(logits, cut(labels, 0, "dp"), classes, smoothing) / len(logits)
         mean = loss.detach().clone()
         dist.all_reduce(mean, group=GROUP["dp"])
         return loss + (mean / GROUP["dp"].size() - loss.detach())  # the mean's value, the share's gradient
@@ -378,7 +381,7 @@ def check(config, sizes, seed, device):
 
     entropies = [
         lambda logits: cross_entropy(logits, labels, label_smoothing=smoothing),
-        lambda logits: parallel_cross_entropy(logits, labels, classes, smoothing),
+        lambda logits: parallel_cross_entropy(logits, labels, classes, smoothing) / len(labels),
     ]
     pieces = [
         piece("column-parallel linear", "vit.layers.0.mlp.fc1", (5, width), gives=-1),

@@ -38,10 +38,10 @@ from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator, micro_batch_size
 from shared.checkpoint.deepspeed import ZERO
-from shared.collectives import data_parallel
+from shared.collectives import all_finite, data_parallel
 from shared.config import RunConfig, parse
 from shared.images import Loader, Views, evaluation_view, open_data, training_view
-from shared.launch import strategy
+from shared.launch import mixed_precision, strategy
 from shared.metrics import Evaluation
 from shared.models.vit import (
     VisionTransformer,
@@ -96,7 +96,7 @@ def build_loaders(accelerator, run_config, config):
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
 
     def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed)
+        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
         return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
 
     return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
@@ -162,15 +162,21 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
-            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+            total = cross_entropy(
+                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
+            )
+            loss = total / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
-            accelerator.backward(loss)
+            if mixed_precision() != "fp16" and not all_finite(accelerator, loss):
+                run.stop()  # here: the engine's backward updates the weights too
+            accelerator.backward(loss * batch.parts)
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
-                if run.is_finite(grad_norm):
+                if not run.skips(grad_norm):
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
+            run.check_finite()
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -224,7 +230,7 @@ def main(run_config, config):
                     evaluate(accelerator, model, eval_loader, run)
                 run.save(model, optimizer, scheduler)
         if accelerator.is_main_process and not run.interrupted:
-            export(model, eval_loader, run.newest_checkpoint, run.folder / "pretrained")
+            export(model, eval_loader, run.files.newest_checkpoint, run.folder / "pretrained")
             run.say(f"whole weights: {run.folder / 'pretrained'}")
     run.finish()
     accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -217,15 +217,15 @@ def _check_processes(on_cpu: bool) -> None:
         )
 
 
-def settle_buckets(model: nn.Module, image_size: int) -> None:
+def settle_buckets(model: nn.Module, sample: Tensor) -> None:
     """Let DDP sort its buckets before the first step: call it after `prepare`, at every start.
 
     After its first backward DDP sorts them by when the gradients came. A resumed run would do so at another step than
-    an uninterrupted one, and its sums would round otherwise. So one image is thrown away here.
+    an uninterrupted one, and its sums would round otherwise. So one sample, a batch of the model's input, is thrown
+    away here.
     """
     if isinstance(model, DistributedDataParallel):
-        device = next(model.parameters()).device
         model.eval()  # batch norm's statistics stay as they are
         with torch.compiler.set_stance("force_eager"):
-            model(torch.zeros(1, 3, image_size, image_size, device=device)).sum().backward()
+            model(sample).sum().backward()
         model.zero_grad()

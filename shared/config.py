@@ -29,6 +29,7 @@ ALIASES = {
     "--out": "--output_dir",
     "--data_dir": "--data",
     "--dataset": "--data",
+    "--max_torn": "--max_undecodable",
 }
 
 # Field name -> least and greatest value that any recipe takes. A field of this name means the same everywhere.
@@ -54,7 +55,7 @@ BOUNDS = {
     "eval_crop_ratio": (1e-6, 1),
     "val_fraction": (0, 0.9),
     "num_workers": (0, math.inf),
-    "max_torn": (0, 1),
+    "max_undecodable": (0, 1),
     "shuffle_block": (0, math.inf),
     "num_streams": (1, math.inf),
     "logging_steps": (1, math.inf),
@@ -78,7 +79,7 @@ class RunConfig:
     image_column: str = HfArg(default="", help="of a table or a CSV; empty = the only one with images, or path")
     label_column: str = HfArg(default="", help="of a table or a CSV; empty = the only one with classes, or label")
     seed: int = HfArg(default=0, help="decides weights, sample order and augmentation")
-    max_torn: float = HfArg(default=0.001, help="share of images that may fail to decode before the run stops")
+    max_undecodable: float = HfArg(default=0.001, help="share of images that may fail to decode before the run stops")
     num_workers: int = HfArg(default=2, help="loader processes per training process; 0 decodes in the training loop")
     max_steps: int = HfArg(default=0, help="stop after this many steps, schedule unchanged; 0 = run all epochs")
     logging_steps: int = HfArg(default=10, help="steps between two lines of metrics.jsonl")

@@ -103,7 +103,7 @@ def _remove(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Nothing where it is absent, or was torn by a loss of power: each start writes it anew."""
+    """Nothing where it is absent, or was cut off by a loss of power: each start writes it again."""
     return parse_object(path.read_text(errors="replace")) if path.exists() else {}
 
 
@@ -113,7 +113,7 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def parse_object(text: str) -> dict:
-    """Nothing where a kill tore it."""
+    """Return the object in a line; nothing where the line is partial."""
     with contextlib.suppress(json.JSONDecodeError):
         values = json.loads(text)
         return values if isinstance(values, dict) else {}

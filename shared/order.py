@@ -39,7 +39,10 @@ class TrainingOrder:
         size: int,
         seed: int,
         blocks: Blocks | None = None,
+        weights: np.ndarray | None = None,
     ):
+        """rank, size: data-parallel. weights: (samples,), each one's in a step's loss, such as its counted tokens;
+        None is 1 each."""
         if samples < global_batch_size:
             raise UserError(
                 f"{samples} training images do not fill one global batch. "
@@ -48,13 +51,29 @@ class TrainingOrder:
         self.samples, self.global_batch_size, self.micro_batch_size = samples, global_batch_size, micro_batch_size
         self.share = global_batch_size // size
         self.first = rank * self.share
-        self.seed, self.blocks = seed, blocks
+        self.seed, self.blocks, self.weights = seed, blocks, weights
         self.step = 0
+        self.drawn: tuple[int, np.ndarray] | None = None  # the last epoch's permutation
 
     @property
     def steps_per_epoch(self) -> int:
         """The incomplete global batch at the end of an epoch is dropped."""
         return self.samples // self.global_batch_size
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a global step, over accumulation and data-parallel processes."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def step_weight(self, step: int) -> float:
+        """Return W, the sum of the weights of a global step's samples."""
+        if self.weights is None:
+            return float(self.global_batch_size)
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if self.drawn is None or self.drawn[0] != epoch:
+            self.drawn = epoch, self.permutation(epoch)
+        begin = number * self.global_batch_size
+        return float(self.weights[self.drawn[1][begin : begin + self.global_batch_size]].sum())
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.step % self.steps_per_epoch) * (self.share // self.micro_batch_size)
@@ -69,7 +88,7 @@ class TrainingOrder:
         return np.lexsort((draws, place[shard] // size))
 
     def following(self, epoch: int, index: int) -> Iterator[int]:
-        """The samples that may take the place of one which is torn: what follows it in the epoch's order, on any
+        """The samples that may take the place of one that is rejected: what follows it in the epoch's order, on any
         topology."""
         permutation = self.permutation(epoch)
         (place,) = np.flatnonzero(permutation == index)
@@ -94,7 +113,7 @@ class EvaluationOrder:
         self.samples, self.batch_size, self.rank, self.size = samples, batch_size, rank, size
 
     def following(self, epoch: int, index: int) -> Iterator[int]:
-        """A torn sample is left out."""
+        """A rejected sample is left out."""
         return iter(())
 
     def __len__(self) -> int:

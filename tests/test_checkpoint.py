@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints and a run's files in one process: what is kept, put aside, refused, and goes on after a failure."""
 
+import contextlib
 import errno
 import io
 import math
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401  makes `import shared` work
+from conftest import ROOT
 from torch import Tensor, nn
 
 from shared import checkpoint, files, lifetime
@@ -31,7 +32,9 @@ from shared.checkpoint import (
 from shared.checkpoint import save as saving
 from shared.errors import UserError
 from shared.run import folder as run_folder
-from shared.run import run as tracking
+from shared.run import nonfinite
+from shared.run.log import Log
+from shared.run.nonfinite import NonFinite
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, scaler=None, mesh=None)
 ALONE.device = torch.device("cpu")
@@ -151,7 +154,7 @@ def test_a_scaler_that_the_checkpoint_has_not_begins_anew(tmp_path):
 def test_deepspeeds_state_is_refused_elsewhere_with_the_way_out(tmp_path, monkeypatch, wrote, here):
     folder = tmp_path / "run/checkpoints"
     saved(folder, 3, strategy=wrote[0], world_size=wrote[1])
-    monkeypatch.setattr(saving, "strategy", lambda: here[0])
+    monkeypatch.setattr(deepspeed, "strategy", lambda: here[0])
     with pytest.raises(UserError) as caught:
         load_checkpoint(
             folder / "step-00000003", SimpleNamespace(**{**vars(ALONE), "num_processes": here[1]}), *trained()
@@ -282,16 +285,9 @@ def test_nohup_lets_a_run_outlive_its_terminal_but_not_torchrun(tmp_path, monkey
 # The run's files
 
 
-def bare_run(folder: Path) -> tracking.Run:
-    """A Run's files without a run."""
-    run = object.__new__(tracking.Run)
-    run.folder, run.accelerator, run.warned = folder, ALONE, set()
-    run.losses, run.samples, run.skipped, run.backward_follows, run.step = [], [], False, True, 0
-    return run
-
-
 def test_lines_that_found_no_room_stand_once_when_there_is_some(tmp_path, monkeypatch):
-    run, metrics = bare_run(tmp_path), run_folder.MetricsFile(tmp_path / "metrics.jsonl")
+    log = Log(ALONE, tmp_path)
+    metrics = log.metrics
     metrics.drop_after(0)
     room = [1000, 3, 0, 1000]  # bytes that each write finds
 
@@ -301,7 +297,7 @@ def test_lines_that_found_no_room_stand_once_when_there_is_some(tmp_path, monkey
 
     monkeypatch.setattr(run_folder, "open", lambda path, mode, buffering: Small(path, mode), raising=False)
     for step in range(1, 5):
-        with run._bearing("metrics.jsonl"):
+        with log.bearing("metrics.jsonl"):
             metrics.append({"step": step})
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 5))
     assert not metrics.unwritten
@@ -310,7 +306,7 @@ def test_lines_that_found_no_room_stand_once_when_there_is_some(tmp_path, monkey
 def test_files_that_a_loss_of_power_emptied_are_as_if_absent(tmp_path):
     for content in (b"", b"\0\0\0", b'{"status": "fin', b"[1]", b"\xff\xfe"):
         (tmp_path / "summary.json").write_bytes(content)
-        assert run_folder.read_json(tmp_path / "summary.json") == {}
+        assert files.read_json(tmp_path / "summary.json") == {}
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n7\n{"step": 2}\n{"step": 3')
     run_folder.MetricsFile(tmp_path / "metrics.jsonl").drop_after(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -321,7 +317,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, mo
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
     replace = os.replace
     monkeypatch.setattr(files.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
-    run_folder.write_json(tmp_path / "config.json", {"a": 1})
+    files.write_json(tmp_path / "config.json", {"a": 1})
     assert calls == ["fsync", "replace"]
 
 
@@ -331,43 +327,58 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, mo
 @pytest.mark.parametrize(
     "spoil", [lambda loss: loss + math.nan, lambda loss: loss + math.inf, lambda loss: loss * math.nan]
 )
-def test_a_loss_that_is_no_number_spoils_the_gradients_that_others_see(tmp_path, spoil):
-    """Also one whose gradients would be finite, as with the logarithm of a constant."""
-    run, model = bare_run(tmp_path), nn.Linear(4, 1)
-    run.digest, run.wait_seconds, run.torn = 0, 0.0, 0
-    batch = SimpleNamespace(indices=torch.arange(2), digest=0, wait_seconds=0.0, torn=())
+def test_the_loops_factor_spoils_the_gradients_that_others_see(spoil):
+    """Also of a loss whose gradients would be finite, as with the logarithm of a constant."""
+    model = nn.Linear(4, 1)
 
-    def norm(change: Callable[[Tensor], Tensor]) -> Tensor:
+    def norm(change: Callable[[Tensor], Tensor], factor: Callable[[Tensor], Tensor]) -> Tensor:
         model.zero_grad()
         loss = change(model(torch.ones(2, 4)).square().mean())
-        run.observe(batch, loss)
-        loss.backward()
+        (loss * factor(loss)).backward()
         return torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
 
-    model(torch.ones(2, 4)).square().mean().backward()
-    right = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-    assert norm(lambda loss: loss) == right
-    assert not norm(spoil).isfinite()
+    def loops(loss: Tensor) -> Tensor:
+        return 1 + 0 * loss.detach()
+
+    assert norm(lambda loss: loss, loops) == norm(lambda loss: loss, torch.ones_like)
+    assert not norm(spoil, loops).isfinite()
+    recipes = [path for path in (ROOT / "recipes").glob("*.py") if "accelerator.backward(" in path.read_text()]
+    assert all("(1 + 0 * loss.detach())" in path.read_text() for path in recipes if path.stem != "vit_zero")
+
+
+def policy(name: str, folder: Path, scale: float | None = None) -> NonFinite:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+    return NonFinite(SimpleNamespace(**{**vars(ALONE), "scaler": scaler}), name, run_folder.Folder(folder))
+
+
+def test_stop_reads_a_step_when_the_next_one_is_done(tmp_path):
+    steps = policy("stop", tmp_path)
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    steps.note(5, 1.5, [torch.zeros((), device="meta")], [])  # DeepSpeed's norm is a number, of another device
+    steps.note(6, torch.tensor(math.nan), [torch.tensor(math.inf)], [torch.tensor([3, 8])])
+    assert not steps.skips_update()
+    steps.check(but_last=True)
+    steps.note(7, torch.tensor(1.0), [torch.tensor(1.0)], [torch.tensor([4])])
+    with pytest.raises(UserError, match=r"step 6 has the losses inf and the gradient norm nan, from samples 3, 8 "):
+        steps.check(but_last=True)
+    record = files.read_json(tmp_path / "nonfinite.json")
+    assert (record["step"], record["processes"][0]["samples"]) == (6, [3, 8])
+
+
+def test_skip_decides_before_the_update(tmp_path):
+    steps = policy("skip", tmp_path)
+    steps.note(1, torch.tensor(math.inf), [torch.tensor(1.0)], [])
+    assert steps.skips_update()
+    steps.note(2, torch.tensor(1.0), [torch.tensor(1.0)], [])
+    assert not steps.skips_update()
+    steps.check()
 
 
 def test_under_fp16_the_scaler_looks_for_its_scale_before_the_run_ends(tmp_path, monkeypatch):
-    run = bare_run(tmp_path)
-    monkeypatch.setattr(tracking, "mixed_precision", lambda: "fp16")
-    run.run_config = SimpleNamespace(on_nonfinite="stop")
-    run.losses = [torch.tensor(math.inf)]
-    run.accelerator = SimpleNamespace(**{**vars(ALONE), "scaler": torch.amp.GradScaler("cpu", init_scale=1.0)})
-    assert run.is_finite(torch.tensor(math.inf))  # the scaler leaves the step out
-    assert not run.skipped
-    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
-    monkeypatch.setattr(tracking.Run, "newest_checkpoint", tmp_path / "step-00000004")
-    with pytest.raises(UserError, match=r"step 1 has the losses inf and the gradient norm inf.*step-00000004"):
-        run.is_finite(torch.tensor(math.inf))
-    run.run_config.on_nonfinite = "skip"
-    assert run.is_finite(torch.tensor(math.inf))
-    assert run.skipped
-
-
-def test_the_norm_of_deepspeed_is_a_number(tmp_path):
-    run = bare_run(tmp_path)
-    run.losses = [torch.zeros((), device="meta")]  # of another device than the number's
-    assert run.is_finite(1.5)
+    monkeypatch.setattr(nonfinite, "mixed_precision", lambda: "fp16")
+    for name, scale, stops in (("stop", 1.0, False), ("stop", 0.5, True), ("skip", 0.5, False)):
+        steps = policy(name, tmp_path, scale)
+        steps.note(1, torch.tensor(math.inf), [torch.tensor(math.inf)], [])
+        assert not steps.skips_update()  # the scaler leaves the step out, when the optimizer is called
+        with pytest.raises(UserError, match="step 1 has the losses inf") if stops else contextlib.nullcontext():
+            steps.check()

@@ -100,15 +100,15 @@ BY_SIZE = {
     "2": "complete",
     "4": "complete",
     "5": "complete",
-    "6": "torn: manifest.json is missing",
-    "7": r"torn: tensors-00000.safetensors has \d+ bytes instead of \d+",
-    "8": "torn: notes.txt is not in its manifest.json",
+    "6": "damaged: manifest.json is missing",
+    "7": r"damaged: tensors-00000.safetensors has \d+ bytes instead of \d+",
+    "8": "damaged: notes.txt is not in its manifest.json",
     "9": "unfinished",
 }
 BY_CONTENT = BY_SIZE | {
     "2": "OK",
     "4": "OK",
-    "5": "torn: tensors-00001.safetensors is not what was written: its SHA-256 differs",
+    "5": "damaged: tensors-00001.safetensors is not what was written: its SHA-256 differs",
 }
 
 

@@ -23,7 +23,7 @@ from shared.images.decode import Crop, render
 simplejpeg = pytest.importorskip("simplejpeg")
 LOAD = "from shared.images.native import library; print(library() is not None)"
 COMPILED = "compiled crop_jpeg.c for this machine, to decode JPEGs faster (RECIPES_NATIVE_DECODER=0: without)\n"
-MISSING = [{}, {"library": lambda: None}, {"library": lambda: None, "simplejpeg": None}]
+MISSING = [{}, {"library": lambda: None}, {"library": lambda: None, "simplejpeg": lambda: None}]
 PHOTOS = load_sample_images().images
 SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey", "RGB", "progressive", "restarts")
 

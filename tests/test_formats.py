@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each way to store images gives the same samples, in the same order, with the same augmentation; torn ones are named
-and replaced alike everywhere."""
+"""Each way to store images gives the same samples, in the same order, with the same augmentation; undecodable
+ones are named and replaced alike everywhere."""
 
 import contextlib
 import errno
@@ -166,9 +166,9 @@ def test_shards_and_parquet_of_other_programs_are_read(tmp_path):
         sink.write({"__key__": "a", "png": train.images[0], "txt": "no class"})
     with_one_more, _ = open_data(str(tmp_path / "wds"), 0, 0)
     assert with_one_more.labels.tolist() == [*theirs.labels.tolist(), -1]
-    torn = [name for batch in loaders(tmp_path / "wds", batch=101)[0] for name in batch.torn]
-    assert len(torn) == 1
-    assert "names no class" in torn[0]
+    undecodable = [name for batch in loaders(tmp_path / "wds", batch=101)[0] for name in batch.rejected]
+    assert len(undecodable) == 1
+    assert "names no class" in undecodable[0]
     for kind in ("pyd", "input.pyd"):  # the second: Jean Zay's shards of ImageNet
         with write(str(tmp_path / "wds/train/z-%03d.tar")) as sink:
             sink.write({"__key__": "a", kind: [1, 2]})
@@ -199,7 +199,7 @@ def foreign_shard(path: Path, labels: dict[str, int], image: bytes = b"") -> Non
                 tar.addfile(member, io.BytesIO(data))
 
 
-def test_labels_of_parquet_that_name_no_class_are_torn(tmp_path, monkeypatch):
+def test_labels_of_parquet_that_name_no_class_are_rejected(tmp_path, monkeypatch):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -215,8 +215,8 @@ def test_labels_of_parquet_that_name_no_class_are_torn(tmp_path, monkeypatch):
     for name, opened in (("open_data", open_data), ("recipe", recipe.open_data)):
         train, _ = opened(str(tmp_path / "data"), 0, 0, 0)
         assert train.labels.tolist() == [0, 1, -1, -1, -1, 1], name
-    torn = [name for batch in loaders(tmp_path / "data", batch=6)[0] for name in batch.torn]
-    assert sorted(name.split(": ", 1)[1] for name in torn) == [
+    undecodable = [name for batch in loaders(tmp_path / "data", batch=6)[0] for name in batch.rejected]
+    assert sorted(name.split(": ", 1)[1] for name in undecodable) == [
         f"row {row}: it has no label, or one that names no class" for row in (2, 3, 4)
     ]
 
@@ -306,7 +306,7 @@ def photograph(number: int, kind: str = "JPEG", mode: str = "RGB", **options) ->
 
 
 def tear(folder: Path) -> set[str]:
-    """Five ways; the names of what was torn."""
+    """Five ways; the names of what was damaged."""
     files = sorted(folder.glob("*/*.jpg"))
     files[0].write_bytes(files[0].read_bytes()[:-300])
     files[5].write_bytes(b"\xff\xd8 this is no JPEG")
@@ -318,22 +318,22 @@ def tear(folder: Path) -> set[str]:
     return {str(files[number]) for number in (0, 5, 6, 7, 8)}
 
 
-def test_torn_images_are_named_and_replaced_alike_on_any_topology(photographs, capfd):
+def test_undecodable_images_are_named_and_replaced_alike_on_any_topology(photographs, capfd):
     whole = [batch for loader in loaders(photographs, batch=8) for batch in loader]
-    assert not any(batch.torn for batch in whole)
-    torn = tear(photographs / "train") | tear(photographs / "val")
+    assert not any(batch.rejected for batch in whole)
+    undecodable = tear(photographs / "train") | tear(photographs / "val")
     one = [batch for loader in loaders(photographs, batch=8) for batch in loader]
-    named = {name.split(": ")[0] for batch in one for name in batch.torn}
-    assert named == torn
+    named = {name.split(": ")[0] for batch in one for name in batch.rejected}
+    assert named == undecodable
     said = capfd.readouterr().err
-    assert all(f"torn image: {name}: " in said for name in torn)
+    assert all(f"undecodable image: {name}: " in said for name in undecodable)
     halves = [list(loaders(photographs, rank, 2, num_workers=1, batch=8)[0]) for rank in (0, 1)]
     for step, (ours, first, second) in enumerate(zip(one, *halves, strict=False)):
         assert torch.equal(ours.images, torch.cat([first.images, second.images])), step
         assert ours.digest == (first.digest + second.digest) % 2**64
     training = one[:5]
     assert all(batch.valid.all() for batch in training)
-    # The five torn ones are replaced by their successors in the order, which so come twice or, after another, thrice.
+    # The five undecodable ones are replaced by their successors in the order, which so come twice or thrice.
     sound = {int(seed) for batch in whole[:5] for seed in batch.seeds}
     drawn = [int(seed) for batch in training for seed in batch.seeds]
     assert len(set(drawn)) == 35
@@ -343,7 +343,7 @@ def test_torn_images_are_named_and_replaced_alike_on_any_topology(photographs, c
     assert (evaluation.labels == -100).sum() == 5
 
 
-def test_a_run_names_torn_images_and_stops_above_a_share(server, photographs, tmp_path):
+def test_a_run_names_undecodable_images_and_stops_above_a_share(server, photographs, tmp_path):
     tear(photographs / "train")
     flags = ["--data", photographs, "--global_batch_size", "8", "--image_size", "32", "--norm", "group"]
     flags += ["--report_to", "none", "--output_dir", tmp_path / "run", "--epochs"]
@@ -354,13 +354,13 @@ def test_a_run_names_torn_images_and_stops_above_a_share(server, photographs, tm
     shutil.rmtree(tmp_path / "run")
     (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert "of 40 images cannot be decoded" in error
-    assert "--max_torn" in error
-    flags += ["1", "--logging_steps", "1", "--max_torn", "0.2"]
+    assert "--max_undecodable" in error
+    flags += ["1", "--logging_steps", "1", "--max_undecodable", "0.2"]
     process = python(ROOT / "recipes/resnet.py", *flags, server=server)
     assert process.returncode == 0, process.stderr
-    assert process.stderr.count("torn image: ") == 5
+    assert process.stderr.count("undecodable image: ") == 5
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["torn"] for line in lines if "torn" in line][-1] == 5
+    assert [line["undecodable"] for line in lines if "undecodable" in line][-1] == 5
     assert lines[-1]["eval_samples"] == 10
 
 
@@ -457,7 +457,7 @@ def render(data, view, seed, out):
     return False
 
 train, _ = open_data("digits", 0, 0)
-views = Views(train, None, TrainingOrder(len(train), 64, 64, 0, 1, 0), 32, 0, render)
+views = Views(train, None, TrainingOrder(len(train), 64, 64, 0, 1, 0), 32, 0, render=render)
 reader = WorkerLoader(views, 2, torch.device("cpu"))
 threading.Timer(2, os.kill, (os.getpid(), signal.SIGKILL)).start()
 next(iter(reader))
@@ -506,18 +506,18 @@ def test_a_shard_that_was_cut_off(pack, tmp_path, capfd):
     whole = open_data(str(tmp_path / "tar"), 0, 0)[0]
     with open(shard, "r+b") as file:
         file.truncate(shard.stat().st_size // 2)
-    torn = [name for batch in loaders(tmp_path / "tar")[0] for name in batch.torn]
-    assert len(set(torn)) == len(torn)
+    undecodable = [name for batch in loaders(tmp_path / "tar")[0] for name in batch.rejected]
+    assert len(set(undecodable)) == len(undecodable)
     lost = (whole.images.index.shard == 1) & (whole.images.index.offset > shard.stat().st_size)
-    assert lost.sum() - 29 <= len(torn) <= lost.sum() + 1  # the last 29 of the epoch are not drawn
-    assert all("000001.tar" in name and "too early" in name for name in torn)
+    assert lost.sum() - 29 <= len(undecodable) <= lost.sum() + 1  # the last 29 of the epoch are not drawn
+    assert all("000001.tar" in name and "too early" in name for name in undecodable)
     (tmp_path / "tar/train/index.safetensors").unlink()  # as another program's: what is cut off has no header
     (tmp_path / "tar/train/000002.tar").write_bytes(b"")
     (tmp_path / "tar/train/000003.tar").write_bytes(b"no header" * 1000)
     for _ in range(2):  # the second time from the cache
         capfd.readouterr()
         assert 0 <= len(open_data(str(tmp_path / "tar"), 0, 0)[0]) - (1437 - lost.sum()) <= 1
-        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("torn shard: ")]
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("truncated shard: ")]
         assert [line.split()[2] for line in said] == [str(shard.with_name(f"00000{n}.tar")) for n in (1, 2, 3)]
 
 
@@ -527,7 +527,7 @@ def test_a_csv_whose_paths_climb_out(photographs):
     table = ["path,label,split", *rows, *held_out, "../../etc/x.jpg,a,val"]
     (photographs / "list.csv").write_text("\n".join(table))
     (batch,) = loaders(photographs / "list.csv", batch=8)[1]
-    assert ["climbs out" in name for name in batch.torn] == [True]
+    assert ["climbs out" in name for name in batch.rejected] == [True]
 
 
 # Decoding
@@ -616,7 +616,7 @@ BOMB = (
 )
 
 
-def test_whatever_pil_raises_is_a_torn_image():
+def test_whatever_pil_raises_is_an_undecodable_image():
     with pytest.raises(ValueError, match="decompression bomb"):
         rendered(b"\x89PNG\r\n\x1a\n" + BOMB)
 

@@ -180,16 +180,16 @@ def streamed(data, size=1, num_workers=0, step=0, accumulation=1, **flags) -> tu
         content([batch for batches in training for batch in batches[first : first + accumulation]])
         for first in range(0, len(training[0]), accumulation)
     ]
-    images, _, torn = content([batch for batches in evaluation for batch in batches])  # a digest counts empty places
-    return steps, (images, torn)
+    images, _, lost = content([batch for batches in evaluation for batch in batches])  # a digest counts empty places
+    return steps, (images, lost)
 
 
 def content(batches: list) -> tuple[list, int, list]:
-    """(augmentation seed, label, pixels) of each image that counts, the digest, what is torn: all in no order."""
+    """(augmentation seed, label, pixels) of each image that counts, the digest, the undecodable ones: in no order."""
     fields = zip(*(torch.cat([batch[field] for batch in batches]) for field in (3, 1, 0, 2)), strict=True)
-    torn = sorted(name.rsplit(": ", 1)[0] for batch in batches for name in batch.torn)
+    lost = sorted(name.rsplit(": ", 1)[0] for batch in batches for name in batch.rejected)
     images = [(int(seed), int(label), pixels.numpy().tobytes()) for seed, label, pixels, valid in fields if valid]
-    return sorted(images), sum(batch.digest for batch in batches) % 2**64, torn
+    return sorted(images), sum(batch.digest for batch in batches) % 2**64, lost
 
 
 def seeds(contents: list[tuple]) -> list[int]:
@@ -262,7 +262,7 @@ def photograph(number: int, kind: str = "JPEG", **options) -> bytes:
 
 @pytest.fixture
 def photographs(tmp_path) -> Path:
-    """JPEGs in shards; two of train/ torn, one of val/; and a shard of each cut off after it was indexed, so
+    """JPEGs in shards; two of train/ lost, one of val/; and a shard of each cut off after it was indexed, so
     that whole streams of train/ are lost: of eight images, 16 of them in a row."""
     for part, sizes in (("train", (9, 30, 5, 20)), ("val", (6, 8))):
         images = [["jpg", photograph(number), number % 3] for number in range(sum(sizes))]
@@ -278,15 +278,16 @@ def photographs(tmp_path) -> Path:
     return tmp_path
 
 
-def test_streams_name_and_replace_what_is_torn_alike_everywhere(photographs):
+def test_streams_name_and_replace_what_is_undecodable_alike_everywhere(photographs):
     flags = {"global_batch_size": 8, "image_size": 48}
     lost = []
-    for part, source, torn in zip(("train", "val"), open_data(str(photographs), 0, 0), ({2, 20}, {2}), strict=True):
+    for part, source, bad in zip(("train", "val"), open_data(str(photographs), 0, 0), ({2, 20}, {2}), strict=True):
         index, left = source.images.index, (photographs / part / "001.tar").stat().st_size
-        torn |= set(np.flatnonzero((index.shard == 1) & (index.offset + index.length > left)).tolist())
-        lost.append(sorted(source.images.name(number) for number in torn))
+        bad |= set(np.flatnonzero((index.shard == 1) & (index.offset + index.length > left)).tolist())
+        lost.append(sorted(source.images.name(number) for number in bad))
     steps, evaluation = streamed(photographs, **flags)
-    assert sorted(name for _, _, torn in steps for name in torn) == lost[0]  # each of them once: 64 are eight steps
+    # Each of them once: 64 are eight steps.
+    assert sorted(name for _, _, names in steps for name in names) == lost[0]
     assert len(lost[0]) >= 16 + 2
     assert all(len(images) == 8 for images, *_ in steps)
     assert evaluation[1] == lost[1]
@@ -343,15 +344,17 @@ def test_dali_shows_what_the_base_shows(files, image_size, bound, capfd):
     "tear", [lambda image: image[:-300], garbled, overwritten], ids=["truncated", "garbled", "overwritten"]
 )
 def test_dali_names_and_replaces_what_the_base_does(files, tear, capfd):
-    torn = [files / "train/a/00.jpg", files / "train/b/17.jpg", files / "val/a/34.jpg"]
-    for path in torn:
+    lost = [files / "train/a/00.jpg", files / "train/b/17.jpg", files / "val/a/34.jpg"]
+    for path in lost:
         path.write_bytes(tear(path.read_bytes()))
     for flags in ({"global_batch_size": 16, "image_size": size} for size in (100, 40)):
         ours, theirs = (joined(name, files, **flags) for name in ("resnet_dali", "resnet"))
         assert all(same(*pair, 1) for pair in zip(ours, theirs, strict=True))
         assert ("DALI failed" in capfd.readouterr().err) == (tear is garbled)
         for batches in (ours, theirs):
-            assert sorted(name.split(": ")[0] for batch in batches for name in batch.torn) == sorted(map(str, torn))
+            assert sorted(name.split(": ")[0] for batch in batches for name in batch.rejected) == sorted(
+                map(str, lost)
+            )
 
 
 # torchdata: a position that is loaded into another loader

@@ -147,40 +147,6 @@ def bound(requirement: str) -> Version:
     return max((Version(part.version) for part in Requirement(requirement).specifier), default=Version("0"))
 
 
-# Lines that each part of shared/ may have, all languages counted.
-ROOMS = {
-    "core and run": (
-        2500,
-        "__init__ accelerator config interruption launch locks metrics optim process run_folder tracking data/order",
-    ),
-    "checkpoint": (900, "checkpoint tensor_files"),
-    "images": (
-        2100,
-        "data/__init__ decode description index listing loaders shards sources storage tables tree views",
-    ),
-    "images, the C decoder": (450, "crop_jpeg native"),
-    "models": (500, "vit"),
-    "parts of one recipe": (250, "pipeline data/streams"),
-}
-
-
-def test_shared_stays_small_and_imports_no_recipe():
-    sources = {path: path.read_text() for path in (ROOT / "shared").rglob("*") if path.suffix in (".py", ".c")}
-    lines = {str(path.relative_to(ROOT / "shared").with_suffix("")): 0 for path in sources}
-    for path, source in sources.items():
-        lines[str(path.relative_to(ROOT / "shared").with_suffix(""))] += len(source.splitlines())
-    for room, (most, names) in ROOMS.items():
-        names = [name if name in lines else f"data/{name}" for name in names.split()]
-        assert sum(lines.pop(name) for name in names) <= most, room
-    assert not lines, "in no room"
-    for path in (path for path in sources if path.suffix == ".py"):
-        for node in ast.walk(ast.parse(sources[path])):
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert node.module.split(".")[0] not in {"shared", "recipes", "tools", *(r.stem for r in RECIPES)}, (
-                    path
-                )
-
-
 # Copying
 
 

@@ -114,7 +114,7 @@ def test_workers_die_with_their_launcher_and_the_run_goes_on(server, runs, flags
     wait_for(lambda: not alive(worker))
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99, "loss": 0.1}\n{"step": 18, "lo')  # past the checkpoint, and torn
+        file.write('{"step": 99, "loss": 0.1}\n{"step": 18, "lo')  # past the checkpoint, and partial
     second = train(folder, *flags, num_processes=2, server=server)
     assert int(re.search(r"resumed at step (\d+) of 36", second.text)[1]) >= 5
     assert [line["step"] for line in second.lines if "loss" in line] == list(range(1, 37))

@@ -289,7 +289,7 @@ def test_a_damaged_header_is_named_and_costs_what_it_hides(tool, tmp_path, kind,
     (tmp_path / "train/0.tar").write_bytes(data)
     train, _ = open_data(str(tmp_path), 0, 0)
     assert train.images.index.names[:2].tolist() == [b"000", b"001"]
-    assert f"torn shard: {tmp_path}/train/0.tar" in capfd.readouterr().err
+    assert f"truncated shard: {tmp_path}/train/0.tar" in capfd.readouterr().err
     for number in range(2, len(train)):
         with pytest.raises(OSError, match="too early"):
             train.images[number]

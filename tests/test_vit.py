@@ -8,11 +8,11 @@ from conftest import ROOT, train
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
 
+from recipes.vit_pp import Stage
 from shared.draws import augmentation_seed
 from shared.errors import UserError
 from shared.models.vit import (
     SIZES,
-    Stage,
     VisionTransformer,
     drop_path_scales,
     init_weights,

@@ -4,9 +4,9 @@
     python tools/checkpoints.py list runs/resnet-ad9742eb        # names and sizes: at once
     python tools/checkpoints.py verify runs/resnet-ad9742eb      # reads every byte; exits 1 where one is damaged
 
-A `step-` folder that was damaged since it was written is `torn`: a resume passes over it. A `tmp-` folder is
+A `step-` folder that was damaged since it was written is `damaged`: a resume passes over it. A `tmp-` folder is
 `unfinished`: of a save that is at work, or was cut off; the next start or save of that step removes it. An `aside-`
-folder lay past the checkpoint that a start went on from, torn or taken back: yours to look at and to remove.
+folder lay past the checkpoint that a start resumed from, damaged or taken back: yours to look at and to remove.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from shared.checkpoint.retention import ASIDE, checkpoints, damage, read_manifest
 from shared.config import expand_home
-from shared.errors import UserError, begin
+from shared.errors import UserError
+from shared.lifetime import begin
 
 HEADER = ("step", "saved (UTC)", "strategy x processes", "accuracy", "MB", "state")
 SPLITS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
@@ -29,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
     manifests = {path: manifest(path) for path in reasons}
     best = most_accurate({path: manifests[path] for path, reason in reasons.items() if reason is None})
     rows = [
-        row(path, manifests[path], path == best, f"torn: {reason}" if reason else "OK" if verify else "complete")
+        row(path, manifests[path], path == best, f"damaged: {reason}" if reason else "OK" if verify else "complete")
         for path, reason in reasons.items()
     ]
     rows += [row(path, {}, False, "unfinished") for path in folders(folder, "tmp-")]

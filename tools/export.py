@@ -34,8 +34,9 @@ from transformers.utils import logging
 import shared
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
 from shared.config import expand_home
-from shared.errors import UserError, begin
+from shared.errors import UserError
 from shared.files import complete, write_json
+from shared.lifetime import begin
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images

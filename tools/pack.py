@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from shared.config import expand_home
 from shared.draws import random_bits
-from shared.errors import UserError, begin
+from shared.errors import UserError
 from shared.files import complete, remove_partials, take_lock
 from shared.images import Source, open_data
 from shared.images.decode import opened, upright
@@ -51,7 +51,7 @@ from shared.images.index import Index
 from shared.images.shards import members_of_tar
 from shared.images.sources import index_of_images, train_and_held_out
 from shared.images.tree import read_layout, tree_of_names, with_slashes
-from shared.lifetime import die_with_parent
+from shared.lifetime import begin, die_with_parent
 from shared.run.folder import LOCK_SECONDS
 
 PLAN = "pack.json"
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def with_classes(source: Source, name: str) -> Source:
-    """Without the images that name no class, each of which a training would call torn."""
+    """Without the images that name no class, each of which a training would call undecodable."""
     known = np.flatnonzero(source.labels >= 0)
     if len(known) == len(source):
         return source

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from shared.errors import begin
-from shared.lifetime import die_with_parent
+from shared.lifetime import begin, die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2

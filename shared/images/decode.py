@@ -11,9 +11,11 @@ are kept. Of an animation the first picture counts.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +26,6 @@ from torch import Tensor
 
 from .native import libjpeg_version, library
 
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
 
 # PIL's names of what is read; others of its readers run programs (EPS) or are seldom tried. JPEG includes MPO.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
@@ -39,6 +37,16 @@ METHODS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROT
 PIXELS = {"I": "signed or 32-bit integers (PIL's mode I)", "F": "floating-point numbers (PIL's mode F)"}
 TURNS = {orientation: Image.Transpose[method] for orientation, method in enumerate(METHODS, 2)}  # Exif's, to upright
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # as PIL looks for it
+
+
+@functools.cache
+def simplejpeg() -> ModuleType | None:
+    """Return the library, or None where it is not installed."""
+    with contextlib.suppress(ImportError):
+        import simplejpeg
+
+        return simplejpeg
+    return None
 
 
 class Crop(NamedTuple):
@@ -58,7 +66,7 @@ def decoder() -> str:
     """Name the library that decodes JPEGs on this machine, for records; the others take what it leaves to them."""
     if library():
         return f"crop_jpeg.c with libjpeg-turbo {libjpeg_version()}"
-    return f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"pillow {pillow}"
+    return f"simplejpeg {simplejpeg().__version__}" if simplejpeg() else f"pillow {pillow}"
 
 
 def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> bool:
@@ -83,7 +91,7 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
     if image[:2] != b"\xff\xd8":
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+        height, width, colours, _ = simplejpeg().decode_jpeg_header(image)
     except ValueError:
         return None
     _refuse_bomb(width, height)
@@ -122,13 +130,13 @@ def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | N
 
 def _by_simplejpeg(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop] | None:
     """The decoded image, scaled where the crop allows it, and the crop in it; None leaves it to PIL."""
-    if not simplejpeg or not (found := plain_jpeg(image)):
+    if not simplejpeg() or not (found := plain_jpeg(image)):
         return None
     height, width = found
     crop, scale = scaled(view(width, height, seed), size, width, height)
     limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
     try:
-        return simplejpeg.decode_jpeg(image, "RGB", **limits), _shrunk(crop, scale)
+        return simplejpeg().decode_jpeg(image, "RGB", **limits), _shrunk(crop, scale)
     except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
         return None
 

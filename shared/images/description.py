@@ -1,30 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run trains on, in the lines that it opens with."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from ..contracts import Description
 from .decode import opened
-from .loader import Views
 from .sources import Source
+
+if TYPE_CHECKING:  # loader.py imports this module
+    from .loader import Views
 
 LOOKED_AT = 16  # images of each part, evenly spaced, whose headers tell sizes
 USUAL = 224  # pixels: ImageNet's convention
 FAR = 4  # times larger than what the network sees: most of an image is lost, or decoded for nothing
 
 
-def describe(train: Views, held_out: Views, epoch_images: int) -> list[str]:
-    """Return lines of at most 80 columns: images, classes and sizes of each part, what the network sees of them, and
-    how many images an epoch of `epoch_images` leaves out.
+def describe(views: "Views", decoder: str | None) -> Description:
+    """Return what a run says of one part of its images.
 
     Sizes are width x height in pixels, from the smallest to the largest of the images looked at; undecodable ones
     have none.
     """
-    size, sizes = train.image_size, _sizes(train.source)
-    lines = [f"training: {_part(train.source, sizes)}", f"held out: {_part(held_out.source, _sizes(held_out.source))}"]
-    left_out = len(train) - epoch_images
-    rest = f"; an epoch leaves out {left_out:,} images, no whole batch" if left_out else ""
-    lines.append(f"the network sees {size} x {size} pixels{rest}")
-    return lines + _hint(size, sizes)
+    source, size = views.source, views.image_size
+    sizes = _sizes(source)
+    return Description(
+        unit="images",
+        samples=len(source),
+        fingerprint=source.fingerprint(),
+        summary=_part(source, sizes),
+        notes=(f"the network sees {size} x {size} pixels", *_hint(size, sizes)),
+        identity={"class_names": source.classes},
+        record={"decoder": decoder, "classes": source.classes},
+    )
 
 
 def _part(source: Source, sizes: list[tuple[int, int]]) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..contracts import Description
 from ..draws import augmentation_seed, digest
 from ..errors import UserError, say
 from ..launch import rank
@@ -30,13 +31,15 @@ from ..lifetime import end_workers, ignore_signals, one_line
 from ..metrics import IGNORED
 from ..order import EvaluationOrder, TrainingOrder
 from .decode import View, decoder, render
+from .description import describe
+from .native import library
 from .sources import Source
 
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
-MOST_TRIES = 2000  # torn images in a row, as many as a lost shard of tools/pack.py holds
+MOST_TRIES = 2000  # undecodable images in a row, as many as a lost shard of tools/pack.py holds
 _sent: set[int] = set()  # of a worker: addresses of its slots that its parent has mapped
 _mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
 LIMIT = 600  # seconds without a batch, as NCCL waits for its peers
@@ -53,9 +56,11 @@ class Batch(NamedTuple):
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
     mirrored: Tensor  # (B,) bool: which images a Loader has yet to mirror, on the device
     digest: int  # of sample indices and augmentation seeds, see order.digest
-    torn: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
+    rejected: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
     wait_seconds: float = 0.0  # that the training loop stood still for this batch
     indices: Tensor = torch.empty(0, dtype=torch.int64)  # (B,): which samples these are, on the host; -1 is none
+    step_weight: float = 0.0  # W: images of the global step, each of weight 1 (contracts.py)
+    parts: int = 1  # micro-batches of the global step, on all data-parallel processes
 
 
 class _Whole(Batch):
@@ -66,22 +71,22 @@ class _Whole(Batch):
         place, known = (os.getpid(), memory.data_ptr()), memory.data_ptr() in _sent
         if _slots.memory:
             _sent.add(memory.data_ptr())
-        return _received, (place, None if known else memory, len(self.images), self.digest, self.torn)
+        return _received, (place, None if known else memory, len(self.images), self.digest, self.rejected)
 
 
 SMALL = 3 * 8 + 2  # bytes of a sample's five numbers
 
 
-def _whole(small: Tensor, images: Tensor, rows: int, digest: int = 0, torn: tuple[str, ...] = ()) -> _Whole:
+def _whole(small: Tensor, images: Tensor, rows: int, digest: int = 0, rejected: tuple[str, ...] = ()) -> _Whole:
     """The batch that lies, or is about to, in these bytes."""
     numbers, flags = small.split([3 * 8 * rows, 2 * rows])
     labels, seeds, indices = numbers.view(torch.int64).split(rows)
     valid, mirrored = flags.view(torch.bool).split(rows)
     size = math.isqrt(len(images) // rows // 3)
-    return _Whole(images.view(rows, size, size, 3), labels, valid, seeds, mirrored, digest, torn, indices=indices)
+    return _Whole(images.view(rows, size, size, 3), labels, valid, seeds, mirrored, digest, rejected, indices=indices)
 
 
-def _received(place: tuple[int, int], memory: Tensor | None, rows: int, digest: int, torn: tuple[str, ...]) -> _Whole:
+def _received(place: tuple, memory: Tensor | None, rows: int, digest: int, rejected: tuple[str, ...]) -> _Whole:
     """Memory that a worker has sent once is mapped here for good: that takes longer than all the rest."""
     if memory is None:
         memory = _mapped[place]
@@ -92,7 +97,7 @@ def _received(place: tuple[int, int], memory: Tensor | None, rows: int, digest: 
                 _mapped.pop(other, None)
         _mapped[place] = memory
     small = memory[: SMALL * rows].clone()  # the worker writes its memory again; images are copied by the Loader
-    return _whole(small, memory[SMALL * rows :], rows, digest, torn)
+    return _whole(small, memory[SMALL * rows :], rows, digest, rejected)
 
 
 class Candidate(NamedTuple):
@@ -101,7 +106,7 @@ class Candidate(NamedTuple):
     epoch: int
     index: int
     read: Callable[[], bytes | np.ndarray]  # raises OSError
-    counts: bool = True  # as torn, where it is; one that only stands in for another is counted at its own place
+    counts: bool = True  # as rejected, where it is; one that only stands in for another is counted at its own place
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Views(Dataset):
     order: TrainingOrder | EvaluationOrder
     image_size: int
     seed: int
+    max_undecodable: float = 0.0  # share of images that may be left out
     render: Callable[[bytes | np.ndarray, View, int, Tensor], bool] = render
 
     def __len__(self) -> int:
@@ -143,7 +149,7 @@ class Views(Dataset):
         seeds = seeds.view(np.uint64)
         for array, value in ((labels, 0), (seeds, 0), (mirrored, False), (indices, -1)):
             array.fill(value)
-        torn = []
+        rejected = []
         for row, candidates in enumerate(places):
             for tries, (epoch, index, read, counts) in enumerate(candidates):
                 seed = augmentation_seed(self.seed, epoch, index)
@@ -154,15 +160,15 @@ class Views(Dataset):
                 except (OSError, ValueError) as error:
                     labels[row] = IGNORED
                     if counts:
-                        torn.append(f"{self.source.images.name(index)}: {error}")
+                        rejected.append(f"{self.source.images.name(index)}: {error}")
                     if tries + 1 >= min(len(self), MOST_TRIES):
                         raise UserError(
-                            f"{tries + 1} images in a row cannot be decoded, such as {torn[-1]}"
+                            f"{tries + 1} images in a row cannot be decoded, such as {rejected[-1]}"
                         ) from error
             else:
                 batch.images[row] = 0
         np.greater_equal(indices, 0, out=valid)
-        return batch._replace(digest=digest(indices.tolist(), seeds.tolist()), torn=tuple(torn))
+        return batch._replace(digest=digest(indices.tolist(), seeds.tolist()), rejected=tuple(rejected))
 
     def _render(self, index: int, read: Callable[[], bytes | np.ndarray], seed: int, out: Tensor) -> bool:
         if self.source.labels[index] < 0:
@@ -395,6 +401,8 @@ def _failed(line: str) -> UserError:
 class Loader:
     """Batches on the device; for training, from any global step to the end of that step's epoch."""
 
+    rejects = "undecodable"
+
     def __init__(
         self,
         dataset: Views,
@@ -406,6 +414,7 @@ class Loader:
     ):
         """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's. read: makes the
         host batches; each pass over what it returns begins at `dataset.order.step`."""
+        library()  # before workers are forked
         self.dataset, self.order, self.device, self.memory_format = dataset, dataset.order, device, memory_format
         self.mean, self.std = (
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
@@ -426,14 +435,43 @@ class Loader:
         watch = _Watch("training" if isinstance(self.order, TrainingOrder) else "held-out", self.noted)
         watch.start()
         try:
+            number = 0
             begin, batches = time.perf_counter(), watch.wait(iter, self.batches)
             while batch := watch.wait(next, batches, None):
-                for name in batch.torn:
-                    say(f"torn image: {name}", sys.stderr)
-                yield self._to_device(batch)._replace(wait_seconds=time.perf_counter() - begin)
+                for name in batch.rejected:
+                    say(f"undecodable image: {name}", sys.stderr)
+                waited = time.perf_counter() - begin
+                yield self._to_device(batch)._replace(wait_seconds=waited, **self._of_step(number))
+                number += 1
                 begin = time.perf_counter()
         finally:
             watch.over.set()
+
+    def _of_step(self, number: int) -> dict:
+        """Weight and parts of the global step to which this pass's micro-batch of that number belongs."""
+        order = self.order
+        if not isinstance(order, TrainingOrder):
+            return {}
+        step = order.step + number // (order.share // order.micro_batch_size)
+        return {"step_weight": order.step_weight(step), "parts": order.parts}
+
+    def describe(self) -> Description:
+        return describe(self.dataset, self.decoder)
+
+    def compare(self, former: dict) -> str:
+        """Return a line where a former start's config.json names another decoder, or an empty string."""
+        was = former.get("decoder", self.decoder)
+        same = "" if "DALI" in (was, self.decoder) else "; their pixels are the same"
+        return "" if was == self.decoder else f"warning: images were decoded by {was}, now by {self.decoder}{same}"
+
+    def check_rejected(self, rejected: int, samples: int) -> None:
+        """Raise UserError where so many of the images are too many."""
+        most = self.dataset.max_undecodable
+        if rejected > most * samples:
+            raise UserError(
+                f"{rejected} of {samples} images cannot be decoded; each is named above. Fix the data, or accept "
+                f"more: --max_undecodable {rejected / samples * 1.5:.2g} (it is {most:g})."
+            )
 
     def _to_device(self, batch: Batch) -> Batch:
         images, labels, valid, seeds, mirrored = (tensor.to(self.device, non_blocking=True) for tensor in batch[:5])

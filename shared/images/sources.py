@@ -64,7 +64,7 @@ class Source:
             try:
                 digest.update(self.images[number])
             except OSError:
-                digest.update(b"torn")
+                digest.update(b"torn")  # as ever: the fingerprints of runs that exist
         return digest.hexdigest()
 
 
@@ -228,7 +228,7 @@ def _from_csv(path: Path, val_fraction: float, seed: int, *columns: str) -> tupl
     paths, names, parts = listing.read_csv(path, *columns)
     classes = sorted({*names})
     number = {name: label for label, name in enumerate(classes)}
-    first = path.parent / paths[0]  # any other that is missing is counted as torn
+    first = path.parent / paths[0]  # any other that is missing is counted as undecodable
     if not first.is_file():
         raise UserError(f"{path} names {first}, which does not exist. Paths are relative to the CSV's folder.")
     images = Files(str(path.parent), np.array([*map(os.fsencode, paths)]))

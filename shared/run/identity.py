@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -14,20 +15,98 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+
+from ..checkpoint import read_manifest
 from ..config import SIZES, RunConfig
-from ..launch import program
+from ..contracts import Description
+from ..errors import UserError
+from ..launch import mixed_precision, program, strategy
 
 IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
 COLUMNS = ("image_column", "label_column")  # they decide where they are given, alone
 
 
 def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:
-    """Everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
+    """Return everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
     data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
     chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
     chosen |= {name: getattr(run_config, name) for name in COLUMNS if getattr(run_config, name)}
     values = {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
     return {name: value for name, value in values.items() if name not in SIZES}
+
+
+def of_run(run_config: RunConfig, config, train: Description, held_out: Description) -> tuple[dict, Path]:
+    """Return a run's identity, and its folder, which --output_dir names or the configuration's hash."""
+    values = identity(program()[0].stem, mixed_precision(), run_config, config)
+    folder = Path(run_config.output_dir or f"runs/{values['recipe']}-{identity_hash(values)}")
+    return values | identity_of_data(train, held_out) | identity_of_program(), folder
+
+
+def origin(accelerator: Accelerator, config, begun_from: str | None) -> dict:
+    """Return what every checkpoint's manifest says of where it came from."""
+    return {
+        "recipe": program()[0].stem,
+        "strategy": strategy(),
+        "world_size": accelerator.num_processes,
+        "versions": versions(),
+        "shared": shared_source(),
+        "begun_from": begun_from,
+        **{name: getattr(config, name) for name in SIZES if hasattr(config, name)},
+    }
+
+
+def warn_of_changes(checkpoint: Path) -> str:
+    """Return a line where `shared` is not what wrote a checkpoint, or an empty string."""
+    names = differing(shared_source(), read_manifest(checkpoint).get("shared", {}))
+    return f"warning: not as when it was written, in shared/: {', '.join(names)}" if names else ""
+
+
+def identity_of_data(train: Description, held_out: Description) -> dict:
+    """Return what is not in the folder's name: the same command on data that has changed is to be told so."""
+    counts = {f"training_{train.unit}": train.samples, f"held_out_{train.unit}": held_out.samples}
+    return counts | train.identity | {"data_fingerprint": f"{train.fingerprint} {held_out.fingerprint}"}
+
+
+def identity_of_program() -> dict:
+    """Return the recipe's source, and tf32 where it is on, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1."""
+    precision = torch.get_float32_matmul_precision()
+    return ({} if precision == "highest" else {"float32_matmul_precision": precision}) | {"source": recipe_source()}
+
+
+def refuse_other_values(mine: dict, former: list[dict], override: str, what: Path) -> None:
+    """Raise UserError where this run's identity differs from a former start's, but in what --resume_override names.
+
+    former: identities of the folder and of the checkpoint. what: the one to name.
+    """
+    known = {name: [values.get(name) for values in former] for name in {*mine, *former[0], *former[1]}}
+    # Another recipe's parts differ as it is.
+    same = [values.get("source", {}) for values in former if values.get("recipe") == mine["recipe"]]
+    parts = sorted({part for source in same for part in differing(mine["source"], source)})
+    values = {name for name, those in known.items() if {*map(str, those)} != {str(mine.get(name))}}
+    changed = (values - {"source"}) | ({"source"} if parts else set())
+    allowed = set(override.replace(",", " ").split())
+    if allowed - known.keys():
+        raise UserError(f"--resume_override {min(allowed - known.keys())} is no value that decides a run.")
+    if changed - allowed:
+        lines = {name: _difference(name, known[name], mine.get(name)) for name in changed - {"source"}}
+        lines["source"] = f"{', '.join(parts)} of the recipe {'was' if len(parts) == 1 else 'were'} edited"
+        changes = ", ".join(lines[name] for name in sorted(changed - allowed))
+        raise UserError(
+            f"{what} is of another run: {changes}. Give what it had, or another --output_dir; or --resume_override "
+            f"{','.join(sorted(changed))} to resume with what is new."
+        )
+
+
+def _difference(name: str, former: list, value) -> str:
+    """Such as `seed was 0, is 1`; of lists, the first place where they differ."""
+    was = next(each for each in former if str(each) != str(value))
+    if isinstance(was, list) and isinstance(value, list):
+        pairs = enumerate(itertools.zip_longest(was, value))
+        place, (was, value) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        name = f"{name}[{place}]"
+    return f"{name} was {was}, is {value}"
 
 
 def identity_hash(values: dict) -> str:

@@ -2,7 +2,7 @@
 // The crop of a JPEG, resized: each row of it is resized while it lies in the processor's nearest cache, and nothing
 // below it is decoded. To the bit it gives what decoding the whole image by libjpeg-turbo, cropping it and torch's
 // antialiased bilinear resize of uint8 give. native.py compiles this file, decode.py calls it, and leaves what is
-// unusual, torn or doubtful, of which both functions tell by what they return, to other libraries.
+// unusual, truncated or doubtful, of which both functions tell by what they return, to other libraries.
 
 #if !__has_include(<jpeglib.h>)
 #error ABSENT: the headers of libjpeg-turbo

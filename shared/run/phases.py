@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep the ledger of a start's time: what was spent in training steps, on waits for data, in evaluations."""
+
+import time
+
+
+class Ledger:
+    """Training time is that from the end of one step to the end of the next, less saves and evaluations between them.
+
+    A start's first step has none: it waits for the first batch, compiles and tunes kernels.
+    """
+
+    def __init__(self):
+        self.launched = self.step_end = time.perf_counter()
+        self.train_steps, self.train_seconds = 0, 0.0
+        self.window = 0, 0.0  # train_steps and train_seconds at the last line
+        self.wait_seconds = 0.0  # for batches, since the last line
+        self.evaluation_seconds = 0.0  # of the longest one
+
+    def end_step(self, first: bool) -> None:
+        now = time.perf_counter()
+        if first:
+            self.wait_seconds = 0.0
+        else:
+            self.train_steps, self.train_seconds = self.train_steps + 1, self.train_seconds + now - self.step_end
+        self.step_end = now
+
+    def end_save(self, seconds: float) -> None:
+        self.step_end += seconds
+
+    def end_evaluation(self) -> None:
+        """What has passed since the last step was an evaluation."""
+        now = time.perf_counter()
+        self.evaluation_seconds, self.step_end = max(self.evaluation_seconds, now - self.step_end), now
+
+    def close_window(self, batch: int, wait_seconds: float) -> dict[str, float]:
+        """Return the speed since the last line, and begin anew; nothing where there were no steps.
+
+        wait_seconds: the mean over the data-parallel processes.
+        """
+        steps, seconds = self.train_steps - self.window[0], self.train_seconds - self.window[1]
+        self.window, self.wait_seconds = (self.train_steps, self.train_seconds), 0.0
+        if not steps:
+            return {}
+        rate = round(steps * batch / seconds, 1)
+        return {"samples_per_second": rate, "data_wait_fraction": round(wait_seconds / seconds, 4)}
+
+    def rate(self, batch: int) -> float:
+        """Samples a second over the training time of this start, 0 before its second step."""
+        return self.train_steps * batch / max(self.train_seconds, 1e-9)
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.launched
