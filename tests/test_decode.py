@@ -102,6 +102,15 @@ def test_every_decoder_gives_the_same_pixels(library, sampling):
     assert all(isinstance(pixels, bytes) for pixels in ours)
 
 
+def test_a_crop_that_becomes_one_pixel_keeps_it(library):
+    """Its edges, halves after the division by 2 or 4, are rounded to the same multiple."""
+    image = encoded(piece(np.random.default_rng(0), 40, 40), "4:2:0", 90)
+    crops = (Crop(3, 1, 5, 9), Crop(0, 6, 12, 10), Crop(7, 3, 9, 5))
+    ours, *others = by_each([(image, crop, 1) for crop in crops])
+    assert others == [ours] * 2
+    assert all(isinstance(pixels, bytes) for pixels in ours)
+
+
 def test_the_portable_c_gives_the_same(library, tmp_path, monkeypatch):
     """For processors without AVX2."""
     (tmp_path / "portable.c").write_text(native.SOURCE.read_text().replace('__builtin_cpu_supports("avx2")', "0"))

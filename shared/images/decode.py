@@ -106,6 +106,7 @@ def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
         return crop, 1
     scale = next(scale for scale in (8, 4, 2) if least >= scale)
     left, top, right, bottom = (round(edge / scale) * scale for edge in crop[:4])
+    right, bottom = max(right, left + scale), max(bottom, top + scale)  # halves are rounded to even: 3/2 and 5/2 to 2
     return Crop(left, top, min(right, width), min(bottom, height), crop.mirrored), scale
 
 
