@@ -9,7 +9,7 @@ BIN := .venv/bin
 DEMO := accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
 STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo smoke test golden test-oldest soak bench lint lock help
+.PHONY: setup demo smoke test golden test-oldest soak fuzz bench lint lock help
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' Makefile
@@ -43,6 +43,9 @@ golden: setup  ## record tests/golden again, after a change that is meant to mov
 
 soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/
 	$(BIN)/python tests/soak.py $(KILLS)
+
+fuzz: setup  ## 20,000 damaged JPEGs to the native decoder under AddressSanitizer (CASES=N, SEED=N); writes benchmarks/results/
+	$(BIN)/python tests/fuzz.py $(or $(CASES),20000) $(or $(SEED),0)
 
 bench: setup  ## the benchmarks; each prints a table and writes benchmarks/results/
 	$(BIN)/python benchmarks/accuracy.py
