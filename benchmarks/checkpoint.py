@@ -80,7 +80,7 @@ def work(options, folder: Path) -> None:
     """In every process: measure, and let rank 0 write measured.json."""
     config = resnet.Config(model=options.model)
     accelerator = build_accelerator(0, config)
-    model = resnet.build_model(config, 10)
+    model = resnet.build_model(None, config, 10, seed=0)
     optimizer, scheduler = resnet.build_optimizer(model, config, 100)
     model, optimizer = resnet.parallelize(accelerator, model, optimizer, config)
     model(torch.randn(2, 3, 32, 32, device=accelerator.device)).sum().backward()

@@ -113,9 +113,9 @@ def group_size(group) -> int:
 
 def worker(arguments: argparse.Namespace) -> None:
     """One process of a launch: note the calls of a step, and write them."""
-    recipe, config = launches.recipe_and_config(arguments, STRATEGIES)
+    recipe, images, config = launches.recipe_and_config(arguments, STRATEGIES)
     watch = Collectives()
-    rank = launches.train(recipe, config, arguments.worker, watch)
+    rank = launches.train(recipe, images, config, arguments.worker, watch)
     (arguments.worker / f"{rank}.json").write_text(json.dumps(watch.calls))
 
 

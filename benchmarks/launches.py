@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,15 +21,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from report import ROOT
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(ROOT / "recipes"))
 sys.path.insert(0, str(ROOT / "tools"))  # for memory_estimate
 
-from shared.accelerator import build_accelerator
+from shared.accelerator import build_accelerator, settle_buckets
 from shared.collectives import data_parallel
 from shared.config import RunConfig
-from shared.images import Batch, Loader, Source, Views
+from shared.images import Batch, ImageConfig, Loader, Source, Views
 from shared.images.storage import Pixels
+from shared.launch import strategy
 from shared.lifetime import die_with_parent
 from shared.models.vit import SIZES, VisionTransformer, vit_config
 from shared.order import TrainingOrder
@@ -70,6 +73,12 @@ def image_of(model: str) -> dict[str, int]:
     return dict(zip(("image_size", "patch_size"), SIDES.get(model, (224, 16)), strict=True))
 
 
+def configs_of(recipe, model: str, **values) -> tuple[ImageConfig, object]:
+    """The image settings and the recipe's own."""
+    image_size, patch_size = image_of(model).values()
+    return ImageConfig(image_size=image_size), recipe.Config(model=model, patch_size=patch_size, **values)
+
+
 def shapes_of(model: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         network = VisionTransformer(vit_config(model, **image_of(model), num_classes=CLASSES, drop_path=0.0))
@@ -83,27 +92,30 @@ def recipe_and_config(arguments: argparse.Namespace, strategies: dict[str, Strat
     """Of a worker's one strategy and model."""
     model, strategy = arguments.models[0], strategies[arguments.strategies[0]]
     recipe, sizes = importlib.import_module(strategy.recipe), strategy.sizes(int(os.environ["WORLD_SIZE"]))
-    return recipe, recipe.Config(model=model, global_batch_size=BATCH, **image_of(model), **sizes)
+    return recipe, *configs_of(recipe, model, global_batch_size=BATCH, **sizes)
 
 
-def build(recipe, accelerator, config) -> tuple:
+def build(recipe, accelerator, images: ImageConfig, config) -> tuple:
     """As the recipe's main does: the model, what else its loop takes of a pipeline, the optimizer, the scheduler."""
-    name = recipe.__name__
-    first = (accelerator,) if name == "vit_zero" else ()
-    model = recipe.build_model(*first, config, CLASSES, 0)
-    if name in ("vit", "vit_zero"):
-        optimizer, scheduler = recipe.build_optimizer(*first, model, config, STEPS)
+    builders = recipe.build_model, recipe.build_optimizer
+    last = [[accelerator] * ("accelerator" in signature(each).parameters) for each in builders]
+    model = recipe.build_model(images, config, CLASSES, 0, *last[0])
+    if "optimizer" in signature(recipe.parallelize).parameters:
+        optimizer, scheduler = recipe.build_optimizer(model, config, STEPS, *last[1])
         model, optimizer = recipe.parallelize(accelerator, model, optimizer, config)
+        if isinstance(model, DistributedDataParallel):
+            settle_buckets(model, torch.zeros(1, 3, images.image_size, images.image_size, device=accelerator.device))
         return model, (), optimizer, scheduler
-    model = recipe.parallelize(accelerator, model, config, *((0,) if name == "vit_fsdp" else ()))
-    model, *pipeline = model if name == "vit_pp" else (model,)
+    seed = [0] * ("seed" in signature(recipe.parallelize).parameters)
+    model = recipe.parallelize(accelerator, model, config, *seed)
+    model, *pipeline = model if isinstance(model, tuple) else (model,)
     optimizer, scheduler = recipe.build_optimizer(model, config, STEPS)
     return model, pipeline, accelerator.prepare_optimizer(optimizer), scheduler
 
 
-def blank_images(accelerator, config) -> Loader:
+def blank_images(accelerator, images: ImageConfig, config) -> Loader:
     """As much of a data set as a run looks at: black images, all one piece of memory."""
-    batch, size, (rank, processes) = config.global_batch_size, config.image_size, data_parallel(accelerator)
+    batch, size, (rank, processes) = config.global_batch_size, images.image_size, data_parallel(accelerator)
     count = STEPS * batch
     pixels = np.broadcast_to(np.zeros((1, size, size, 3), np.uint8), (count, size, size, 3))
     classes = [str(number) for number in range(CLASSES)]
@@ -112,16 +124,23 @@ def blank_images(accelerator, config) -> Loader:
     return Loader(Views(source, None, order, size, seed=0), accelerator.device, num_workers=0)
 
 
-def train(recipe, config, folder: Path, watch: AbstractContextManager, before_update: Callable | None = None) -> int:
+def train(
+    recipe,
+    settings: ImageConfig,
+    config,
+    folder: Path,
+    watch: AbstractContextManager,
+    before_update: Callable | None = None,
+) -> int:
     """Two steps of the recipe's own loop on made-up images, the second watched; returns this process's rank."""
     accelerator = build_accelerator(0, config, getattr(recipe, "STRATEGIES", ("ddp",)))
-    model, pipeline, optimizer, scheduler = build(recipe, accelerator, config)
+    model, pipeline, optimizer, scheduler = build(recipe, accelerator, settings, config)
     flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
     run_config = RunConfig(output_dir=str(folder / "run"), **flags)
-    data = blank_images(accelerator, config)
-    run = Run(accelerator, run_config, config, data, data)
+    data = blank_images(accelerator, settings, config)
+    run = Run(accelerator, run_config, settings, config, data, data)
     images = config.global_batch_size // data_parallel(accelerator)[1]
-    size, device = config.image_size, accelerator.device
+    size, device = settings.image_size, accelerator.device
     ones = [
         torch.ones(images, dtype=kind, device=device) for kind in (torch.int64, torch.bool, torch.int64, torch.bool)
     ]
@@ -130,7 +149,7 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
     loader = SimpleNamespace(starting_at=lambda step: itertools.repeat(batch))
     # The loop calls it after every step.
     run.profiler = SimpleNamespace(step=lambda: stack.enter_context(watch) if run.step == 1 else stack.close())
-    updating = model if recipe.__name__ == "vit_zero" else optimizer  # DeepSpeed's engine updates within the backward
+    updating = model if strategy().startswith("zero") else optimizer  # DeepSpeed's engine updates within the backward
     update = updating.step
 
     def noted_update() -> None:
@@ -139,7 +158,7 @@ def train(recipe, config, folder: Path, watch: AbstractContextManager, before_up
         update()
 
     updating.step = noted_update
-    recipe.train_one_epoch(accelerator, model, *pipeline, loader, optimizer, scheduler, config, run)
+    recipe.train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run, *pipeline)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return accelerator.process_index

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 import launches
 import torch
-from launches import BATCH, CLASSES, MIB, REPLICAS, SIDES, image_of, shapes_of, tensor_of
+from launches import BATCH, CLASSES, MIB, REPLICAS, SIDES, shapes_of, tensor_of
 from memory_estimate import KINDS, by_kind, held
 from report import ROOT, table, write
 from torch import Tensor
@@ -167,7 +167,7 @@ def cuda_peak() -> Iterator[SimpleNamespace]:
 
 def worker(arguments: argparse.Namespace) -> None:
     """One process of a launch: count, and write what this rank held."""
-    recipe, config = launches.recipe_and_config(arguments, STRATEGIES)
+    recipe, images, config = launches.recipe_and_config(arguments, STRATEGIES)
     counted, on_gpu = {}, torch.cuda.is_available()
     watch = cuda_peak() if on_gpu else LiveTensors()
 
@@ -176,7 +176,7 @@ def worker(arguments: argparse.Namespace) -> None:
         live = torch.cuda.memory_allocated() if on_gpu else watch.total
         counted["other"] = live - sum(counted.values())
 
-    rank = launches.train(recipe, config, arguments.worker, watch, before_update)
+    rank = launches.train(recipe, images, config, arguments.worker, watch, before_update)
     counted["peak"] = torch.cuda.max_memory_allocated() if on_gpu else watch.peak
     (arguments.worker / f"{rank}.json").write_text(json.dumps(counted))
 
@@ -237,8 +237,8 @@ def fake_rank(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> 
         accelerator.parallelism_config = SimpleNamespace(fsdp_dim_names=names)
         accelerator.torch_device_mesh = init_device_mesh("cpu", (REPLICAS, ranks // REPLICAS), mesh_dim_names=names)
     recipe = vit_tp if sizes else vit_fsdp
-    config = recipe.Config(model=model, **image_of(model), **sizes)
-    network = vit_fsdp.build_model(config, CLASSES, 0)
+    images, config = launches.configs_of(recipe, model, **sizes)
+    network = vit_fsdp.build_model(images, config, CLASSES, 0)
     network.to = network.to_empty = lambda device: network  # no memory, and no values
     vit_fsdp.init_weights = lambda *_: None
     vit_tp.strategy = lambda: "ddp" if strategy == "tp" else "fsdp"  # the YAML's to say, for launched ones

@@ -24,8 +24,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import resnet
 
-from shared.accelerator import build_accelerator
+from shared.accelerator import build_accelerator, settle_buckets
 from shared.config import RunConfig, parse
+from shared.images import ImageConfig
 from shared.images.loader import MEAN, STD, Views
 from shared.run import Run
 
@@ -36,7 +37,7 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         more = ["--epochs", str(arguments.pairs + 1), "--output_dir", folder]
-        pairs = measure(*parse(RunConfig, resnet.Config, arguments=[*flags, *more]))
+        pairs = measure(*parse(*resnet.CONFIGS, arguments=[*flags, *more]))
     rows = [
         {"what": "recipe, seconds a step", **median_and_spread([recipe for recipe, _ in pairs])},
         {"what": "bare loop, seconds a step", **median_and_spread([bare for _, bare in pairs])},
@@ -48,14 +49,15 @@ def main() -> None:
     print(write("overhead", rows, pairs=pairs))
 
 
-def measure(run_config: RunConfig, config: resnet.Config) -> list[tuple[float, float]]:
+def measure(run_config: RunConfig, images: ImageConfig, config: resnet.Config) -> list[tuple[float, float]]:
     """Seconds a step of (recipe, bare loop) in each pair of epochs but the first."""
     accelerator = build_accelerator(run_config.seed, config)
-    loader, eval_loader = resnet.build_loaders(accelerator, run_config, config)
+    loader, eval_loader = resnet.build_loaders(accelerator, run_config, images, config)
     steps = loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, loader, eval_loader)
+    run = Run(accelerator, run_config, images, config, loader, eval_loader)
     model, optimizer, scheduler = build(config, steps)
     model, optimizer = resnet.parallelize(accelerator, model, optimizer, config)
+    settle_buckets(model, loader.sample())
     bare = bare_epoch(accelerator.device, run_config, config, loader.dataset, steps)
 
     def recipe() -> None:
@@ -68,7 +70,7 @@ def measure(run_config: RunConfig, config: resnet.Config) -> list[tuple[float, f
 
 def build(config: resnet.Config, steps: int) -> tuple:
     torch.manual_seed(0)
-    model = resnet.build_model(config, 10)
+    model = resnet.build_model(None, config, 10, seed=0)
     return model, *resnet.build_optimizer(model, config, steps)
 
 

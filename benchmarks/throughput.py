@@ -56,11 +56,11 @@ def build_network(name: str, image_size: int) -> tuple[nn.Module, torch.optim.Op
     """On the device, with its recipe's optimizer."""
     if name in RESNETS:
         config = resnet.Config(model=name)
-        model = resnet.build_model(config, CLASSES).to(DEVICE)
+        model = resnet.build_model(None, config, CLASSES, seed=0).to(DEVICE)
         return model, resnet.build_optimizer(model, config, steps_per_epoch=1000)[0]
     size, patch_size = name.split("/")
-    config = vit.Config(model=size, patch_size=int(patch_size), image_size=image_size)
-    model = vit.build_model(config, CLASSES, seed=0).to(DEVICE)
+    images, config = vit.Images(image_size=image_size), vit.Config(model=size, patch_size=int(patch_size))
+    model = vit.build_model(images, config, CLASSES, seed=0).to(DEVICE)
     return model, vit.build_optimizer(model, config, steps_per_epoch=1000)[0]
 
 
@@ -147,7 +147,7 @@ def training_flops(name: str, image_size: int) -> int:
     """Of one image. The backward has two products for each of the forward's: times 3; a multiply-add counts as 2."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if name in RESNETS:
-            model = resnet.build_model(resnet.Config(model=name), CLASSES)
+            model = resnet.build_model(None, resnet.Config(model=name), CLASSES, seed=0)
         else:
             size, patch_size = name.split("/")
             model = vit.VisionTransformer(vit.vit_config(size, image_size, int(patch_size), CLASSES, drop_path=0.0))

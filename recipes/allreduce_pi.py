@@ -53,5 +53,7 @@ def main(config):
     accelerator.end_training()
 
 
+CONFIGS = (Config,)
+
 if __name__ == "__main__":
-    main(*parse(Config))
+    main(*parse(*CONFIGS))

@@ -39,16 +39,15 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
+from shared.accelerator import build_accelerator, settle_buckets
 from shared.checkpoint import read_state
-from shared.collectives import data_parallel
-from shared.config import RunConfig, parse
+from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
 from shared.errors import UserError
-from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.images import ImageConfig, Loader, build_views, open_data
 from shared.images.loader import WorkerLoader, worker_options
+from shared.launch import this_launch
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
-from shared.order import EvaluationOrder, TrainingOrder
 from shared.run import Run
 
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -61,20 +60,16 @@ class Config:
     model: MODELS = HfArg(default="resnet18", help="torchvision's name")
     norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
     sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
-    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    min_crop_area: float = HfArg(default=0.6, help="least share of an image in a training crop; ImageNet: 0.08")
-    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
-    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
-    epochs: int = HfArg(default=10, help="passes over the training images")
-    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
+    epochs: Positive = HfArg(default=10, help="passes over the training images")
+    global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
+    learning_rate: NonNegative = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
     schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
-    warmup_epochs: float = HfArg(default=3.0, help="epochs of rising learning rate")
-    momentum: float = HfArg(default=0.9, help="Nesterov momentum of SGD")
-    weight_decay: float = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
-    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
-    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs of rising learning rate")
+    momentum: Fraction = HfArg(default=0.9, help="Nesterov momentum of SGD")
+    weight_decay: NonNegative = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
+    max_grad_norm: NonNegative = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
     channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
     compile: bool = HfArg(default=False, help="torch.compile the model")
     pipeline: Literal["nodes", "dataloader"] = HfArg(default="nodes", help="threads of nodes, or worker processes")
@@ -134,26 +129,16 @@ def set_position(loader, checkpoint, num_workers):
     loader.batches.state_dict()
 
 
-def build_loaders(accelerator, run_config, config):
+def build_loaders(accelerator, run_config, images, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
-    (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(*run_config.source())
-    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
-    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
-    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-
-    def loader(source, view, order, read):
-        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
-        return Loader(views, accelerator.device, run_config.num_workers, layout, read=read)
-
-    read = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline]
-    return loader(train, train_view, train_order, read), loader(held_out, eval_view, eval_order, WorkerLoader)
+    reads = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline], WorkerLoader
+    options = accelerator.device, run_config.num_workers, layout
+    views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
+    return [Loader(each, *options, read=read) for each, read in zip(views, reads, strict=True)]
 
 
-def build_model(config, num_classes):
+def build_model(images, config, num_classes, seed):
     """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
     # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
     norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
@@ -175,7 +160,6 @@ def parallelize(accelerator, model, optimizer, config):
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
-    settle_buckets(model, torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device))
     if config.compile:
         model.compile()
     return model, optimizer
@@ -222,18 +206,24 @@ def evaluate(accelerator, model, loader, run):
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 
 
-def main(run_config, config):
-    accelerator = build_accelerator(run_config.seed, config)
-    if config.sync_batch_norm and (accelerator.device.type != "cuda" or config.norm != "batch"):
+def check(run_config, images, config, launch):
+    """Refuse what cannot work, before the processes meet."""
+    if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
-    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+
+
+def main(run_config, images, config):
+    check(run_config, images, config, this_launch())
+    accelerator = build_accelerator(run_config.seed, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, images, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, train_loader, eval_loader)
+    run = Run(accelerator, run_config, images, config, train_loader, eval_loader)
     if not run.finished:
         set_position(train_loader, run.checkpoint, run_config.num_workers)
-        model = build_model(config, len(classes))
+        model = build_model(images, config, len(classes), run_config.seed)
         optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
         model, optimizer = parallelize(accelerator, model, optimizer, config)
+        settle_buckets(model, train_loader.sample())
         if run.checkpoint:
             run.resume(model, optimizer, scheduler)
         with run.profiling(len(eval_loader)):
@@ -248,5 +238,7 @@ def main(run_config, config):
     accelerator.end_training()
 
 
+CONFIGS = (RunConfig, ImageConfig, Config)
+
 if __name__ == "__main__":
-    main(*parse(RunConfig, Config))
+    main(*parse(*CONFIGS))

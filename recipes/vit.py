@@ -30,21 +30,21 @@ Measured on the digits, 2 CPU cores, three seeds: 97.5 to 98.3 % top-1, median 9
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
-from shared.collectives import data_parallel
-from shared.config import RunConfig, parse
-from shared.images import Loader, Views, evaluation_view, open_data, training_view
+from shared.accelerator import build_accelerator, settle_buckets
+from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
+from shared.images import ImageConfig, Loader, build_views, open_data
+from shared.images.settings import Part
+from shared.launch import this_launch
 from shared.metrics import Evaluation
 from shared.models.vit import (
+    Rate,
     VisionTransformer,
-    check_transformers,
     find_pretrained,
     init_weights,
     load_pretrained,
@@ -53,10 +53,16 @@ from shared.models.vit import (
     vit_config,
 )
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
-from shared.order import EvaluationOrder, TrainingOrder
 from shared.run import Run
 
 STRATEGIES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+
+
+@dataclass
+class Images(ImageConfig):
+    """The shared settings, with larger training crops."""
+
+    min_crop_area: Part = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
 
 
 @dataclass
@@ -64,53 +70,38 @@ class Config:
     """The hyper-parameters; the defaults are the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
-    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
     pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
-    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
-    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
-    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
-    epochs: int = HfArg(default=60, help="passes over the training images")
-    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
-    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
-    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    epochs: Positive = HfArg(default=60, help="passes over the training images")
+    global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
 
 
-def build_loaders(accelerator, run_config, config):
+def build_loaders(accelerator, run_config, images, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
-    (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(*run_config.source())
-    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
-    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
-    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
-
-    def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
-        return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
-
-    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+    views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
+    return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
-def build_model(config, num_classes, seed):
+def build_model(images, config, num_classes, seed):
     """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
-        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+        model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
     else:
-        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, config.drop_path)
         with torch.device("meta"):
             model = VisionTransformer(sizes)
-        init_weights(model.to_empty(device="cpu"), seed)
+        init_weights(model.to_empty(device=torch.get_default_device()), seed)
     for block in model.vit.layers:
         block.recompute = config.activation_checkpointing
     return model
@@ -131,7 +122,6 @@ def parallelize(accelerator, model, optimizer, config):
         for block in model.vit.layers:
             block.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    settle_buckets(model, torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device))
     return model, optimizer
 
 
@@ -175,17 +165,22 @@ def evaluate(accelerator, model, loader, run):
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 
 
-def main(run_config, config):
-    network_sizes(config)  # refuses what is not there or does not fit, before the processes meet
-    check_transformers()
+def check(run_config, images, config, launch):
+    """Refuse what is not there or does not fit, before the processes meet."""
+    network_sizes(images, config)
+
+
+def main(run_config, images, config):
+    check(run_config, images, config, this_launch())
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
-    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, images, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, train_loader, eval_loader)
+    run = Run(accelerator, run_config, images, config, train_loader, eval_loader)
     if not run.finished:
-        model = build_model(config, len(classes), run_config.seed)
+        model = build_model(images, config, len(classes), run_config.seed)
         optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
         model, optimizer = parallelize(accelerator, model, optimizer, config)
+        settle_buckets(model, train_loader.sample())
         if run.checkpoint:
             run.resume(model, optimizer, scheduler)
         with run.profiling(len(eval_loader)):
@@ -199,5 +194,7 @@ def main(run_config, config):
     accelerator.end_training()
 
 
+CONFIGS = (RunConfig, Images, Config)
+
 if __name__ == "__main__":
-    main(*parse(RunConfig, Config))
+    main(*parse(*CONFIGS))

@@ -9,7 +9,7 @@
 """Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, times data parallelism.
 
 Base: vit.py. Changes: Stage, MeasuredStage, stage_table, parallelize, step, last, add_up, clip_grad_norm,
-train_one_epoch, evaluate, check_sizes, main.
+train_one_epoch, evaluate, check, main.
 Longer than 250 lines: a stage that measures itself is a part of the lesson.
 
     L="accelerate launch --config_file accelerate_configs/local_pp.yaml"
@@ -27,7 +27,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -38,16 +37,16 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size
-from shared.collectives import data_parallel
-from shared.config import RunConfig, parse
+from shared.accelerator import build_accelerator
+from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
 from shared.errors import UserError
-from shared.images import Loader, Views, evaluation_view, open_data, training_view
-from shared.launch import mixed_precision, world_size
+from shared.images import ImageConfig, Loader, build_views, open_data
+from shared.images.settings import Part
+from shared.launch import this_launch
 from shared.metrics import Evaluation
 from shared.models.vit import (
+    Rate,
     VisionTransformer,
-    check_transformers,
     find_pretrained,
     init_weights,
     load_pretrained,
@@ -57,8 +56,14 @@ from shared.models.vit import (
     vit_config,
 )
 from shared.optim import build_scheduler, parameter_groups
-from shared.order import EvaluationOrder, TrainingOrder
 from shared.run import Run
+
+
+@dataclass
+class Images(ImageConfig):
+    """The shared settings, with larger training crops."""
+
+    min_crop_area: Part = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
 
 
 @dataclass
@@ -66,57 +71,42 @@ class Config:
     """The hyper-parameters; the defaults are the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
-    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
     pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
-    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
-    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
-    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
-    epochs: int = HfArg(default=60, help="passes over the training images")
-    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
-    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
-    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    epochs: Positive = HfArg(default=60, help="passes over the training images")
+    global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
-    pipeline_parallel_size: int = HfArg(default=2, help="stages, one a process")
+    pipeline_parallel_size: Positive = HfArg(default=2, help="stages, one a process")
     pipeline_schedule: Literal["gpipe", "1f1b"] = HfArg(
         default="1f1b", help="order of the chunks' forward and backward"
     )
-    pipeline_chunks: int = HfArg(default=8, help="parts of a process's batch, one after another in the stages")
+    pipeline_chunks: Positive = HfArg(default=8, help="parts of a process's batch, one after another in the stages")
 
 
-def build_loaders(accelerator, run_config, config):
+def build_loaders(accelerator, run_config, images, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
-    (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(*run_config.source())
-    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
-    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
-    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
-
-    def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
-        return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
-
-    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+    views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
+    return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
-def build_model(config, num_classes, seed):
+def build_model(images, config, num_classes, seed):
     """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
-        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+        model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
     else:
-        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, config.drop_path)
         with torch.device("meta"):
             model = VisionTransformer(sizes)
-        init_weights(model.to_empty(device="cpu"), seed)
+        init_weights(model.to_empty(device=torch.get_default_device()), seed)
     for block in model.vit.layers:
         block.recompute = config.activation_checkpointing
     return model
@@ -276,7 +266,7 @@ def clip_grad_norm(accelerator, model, max_norm):
     return square.sqrt()
 
 
-def train_one_epoch(accelerator, model, stage, schedule, loader, optimizer, scheduler, config, run):
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run, stage, schedule):
     """From the run's step to the end of its epoch, or to where the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
@@ -315,29 +305,28 @@ def evaluate(accelerator, model, stage, schedule, loader, run):
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 
 
-def check_sizes(config):
-    """Refuse what cannot be cut."""
-    blocks, stages, chunks = network_sizes(config)[0], config.pipeline_parallel_size, config.pipeline_chunks
+def check(run_config, images, config, launch):
+    """Refuse what is not there or cannot be cut, before the processes meet."""
+    blocks, stages, chunks = network_sizes(images, config)[0], config.pipeline_parallel_size, config.pipeline_chunks
     if stages > blocks:
         raise UserError(f"--pipeline_parallel_size {stages} exceeds the {blocks} blocks. Give {blocks} or less.")
     if config.pipeline_schedule == "1f1b" and chunks < stages:
         raise UserError(f"--pipeline_chunks {chunks} are fewer than the {stages} stages. Give {stages} or more.")
-    batch = config.global_batch_size * stages // world_size() // config.gradient_accumulation_steps
+    batch = config.global_batch_size * stages // launch.processes // config.gradient_accumulation_steps
     if batch % chunks:
         raise UserError(f"--pipeline_chunks {chunks} do not divide a stage's batch of {batch}. Give a divisor of it.")
-    if mixed_precision() == "fp16":
+    if launch.precision == "fp16":
         raise UserError("fp16's loss scale is not shared among stages. Set mixed_precision to bf16 or no.")
 
 
-def main(run_config, config):
-    check_sizes(config)
-    check_transformers()
+def main(run_config, images, config):
+    check(run_config, images, config, this_launch())
     accelerator = build_accelerator(run_config.seed, config)
-    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, images, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, train_loader, eval_loader)
+    run = Run(accelerator, run_config, images, config, train_loader, eval_loader)
     if not run.finished:
-        model = build_model(config, len(classes), run_config.seed)
+        model = build_model(images, config, len(classes), run_config.seed)
         model, stage, schedule = parallelize(accelerator, model, config)
         optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
         optimizer = accelerator.prepare_optimizer(optimizer)
@@ -345,7 +334,7 @@ def main(run_config, config):
             run.resume(model, optimizer, scheduler)
         with run.profiling(len(eval_loader)):
             while not run.stopping:
-                train_one_epoch(accelerator, model, stage, schedule, train_loader, optimizer, scheduler, config, run)
+                train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run, stage, schedule)
                 if run.evaluation_due:
                     evaluate(accelerator, model, stage, schedule, eval_loader, run)
                 run.save(model, optimizer, scheduler)
@@ -355,5 +344,7 @@ def main(run_config, config):
     accelerator.end_training()
 
 
+CONFIGS = (RunConfig, Images, Config)
+
 if __name__ == "__main__":
-    main(*parse(RunConfig, Config))
+    main(*parse(*CONFIGS))

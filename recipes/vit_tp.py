@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split every block of a Vision Transformer over several GPUs: tensor parallelism by DTensor, times DDP or FSDP2.
 
-Base: vit.py. Changes: block_plan, parallelize, check_sizes, main.
+Base: vit.py. Changes: block_plan, parallelize, check, main.
 
     L="accelerate launch --config_file accelerate_configs"
     $L/local_tp.yaml recipes/vit_tp.py                              # tensor parallel over two processes
@@ -22,7 +22,6 @@ times a step. ViT-B over 4: 348 MiB of 1,321 (benchmarks/results/memory_cpu2_202
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -40,16 +39,17 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size
+from shared.accelerator import build_accelerator
 from shared.collectives import data_parallel
-from shared.config import RunConfig, parse
+from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
 from shared.errors import UserError
-from shared.images import Loader, Views, evaluation_view, open_data, training_view
-from shared.launch import mixed_precision, strategy
+from shared.images import ImageConfig, Loader, build_views, open_data
+from shared.images.settings import Part
+from shared.launch import strategy, this_launch
 from shared.metrics import Evaluation
 from shared.models.vit import (
+    Rate,
     VisionTransformer,
-    check_transformers,
     find_pretrained,
     init_weights,
     load_pretrained,
@@ -58,10 +58,16 @@ from shared.models.vit import (
     vit_config,
 )
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
-from shared.order import EvaluationOrder, TrainingOrder
 from shared.run import Run
 
 STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass
+class Images(ImageConfig):
+    """The shared settings, with larger training crops."""
+
+    min_crop_area: Part = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
 
 
 @dataclass
@@ -69,55 +75,40 @@ class Config:
     """The hyper-parameters; the defaults are the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
-    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
     pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
-    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
-    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
-    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
-    epochs: int = HfArg(default=60, help="passes over the training images")
-    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
-    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
-    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    epochs: Positive = HfArg(default=60, help="passes over the training images")
+    global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
-    tensor_parallel_size: int = HfArg(default=2, help="processes that share each block")
+    tensor_parallel_size: Positive = HfArg(default=2, help="processes that share each block")
     sequence_parallel: bool = HfArg(default=False, help="split norms and residuals by tokens: less memory")
 
 
-def build_loaders(accelerator, run_config, config):
+def build_loaders(accelerator, run_config, images, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
-    (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(*run_config.source())
-    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
-    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
-    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
-
-    def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
-        return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
-
-    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+    views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
+    return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
-def build_model(config, num_classes, seed):
+def build_model(images, config, num_classes, seed):
     """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
-        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+        model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
     else:
-        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, config.drop_path)
         with torch.device("meta"):
             model = VisionTransformer(sizes)
-        init_weights(model.to_empty(device="cpu"), seed)
+        init_weights(model.to_empty(device=torch.get_default_device()), seed)
     for block in model.vit.layers:
         block.recompute = config.activation_checkpointing
     return model
@@ -217,28 +208,27 @@ def evaluate(accelerator, model, loader, run):
     run.log_evaluation(evaluation.result(accelerator, len(loader.dataset)))
 
 
-def check_sizes(config):
-    """Refuse what cannot be split evenly."""
-    _, heads, mlp_width = network_sizes(config)
+def check(run_config, images, config, launch):
+    """Refuse what is not there or cannot be split evenly, before the processes meet."""
+    _, heads, mlp_width = network_sizes(images, config)
     for what, size in (("heads", heads), ("MLP columns", mlp_width)):
         if size % config.tensor_parallel_size:
             raise UserError(
                 f"--tensor_parallel_size {config.tensor_parallel_size} does not divide the {size} {what}. "
                 "Give a divisor, or another --model."
             )
-    if mixed_precision() == "fp16":
+    if launch.precision == "fp16":
         raise UserError("fp16's loss scale is not shared among tensor shards. Set mixed_precision to bf16 or no.")
 
 
-def main(run_config, config):
-    check_sizes(config)
-    check_transformers()
+def main(run_config, images, config):
+    check(run_config, images, config, this_launch())
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
-    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, images, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, train_loader, eval_loader)
+    run = Run(accelerator, run_config, images, config, train_loader, eval_loader)
     if not run.finished:
-        model = build_model(config, len(classes), run_config.seed)
+        model = build_model(images, config, len(classes), run_config.seed)
         model = parallelize(accelerator, model, config)
         optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
         optimizer = accelerator.prepare_optimizer(optimizer)
@@ -255,5 +245,7 @@ def main(run_config, config):
     accelerator.end_training()
 
 
+CONFIGS = (RunConfig, Images, Config)
+
 if __name__ == "__main__":
-    main(*parse(RunConfig, Config))
+    main(*parse(*CONFIGS))

@@ -38,16 +38,15 @@ from torch.nn.functional import cross_entropy, linear, one_hot
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size
-from shared.collectives import data_parallel
-from shared.config import RunConfig, parse
+from shared.accelerator import build_accelerator
+from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
 from shared.errors import UserError
-from shared.images import Loader, Views, evaluation_view, open_data, training_view
-from shared.launch import mixed_precision
+from shared.images import ImageConfig, Loader, build_views, open_data
+from shared.images.settings import Part
+from shared.launch import this_launch
 from shared.metrics import Evaluation
 from shared.models.vit import VisionTransformer, check_transformers, init_weights, initial_value, vit_config
 from shared.optim import build_scheduler, parameter_groups
-from shared.order import EvaluationOrder, TrainingOrder
 from shared.run import Run
 
 GROUP = {}  # this process's groups "tp" and "dp"; global as in Megatron, since every layer needs them
@@ -55,23 +54,31 @@ TOLERANCE = 1e-5  # of --check, in fp32
 
 
 @dataclass
+class Images(ImageConfig):
+    """The shared settings, with larger training crops."""
+
+    min_crop_area: Part = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
+
+
+@dataclass
 class Config:
     """The hyper-parameters; the defaults are the digits demonstration."""
 
-    tensor_parallel_size: int = HfArg(default=2, help="processes that share each layer; such groups share the batch")
+    tensor_parallel_size: Positive = HfArg(
+        default=2, help="processes that share each layer; such groups share the batch"
+    )
     init: Literal["dense", "shards"] = HfArg(default="dense", help="parts of the dense weights, or drawn part by part")
     check: bool = HfArg(default=False, help="compare each piece with its dense layer instead of training")
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
-    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
-    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    epochs: int = HfArg(default=60, help="passes over the training images")
-    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
-    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
-    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
+    patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    epochs: Positive = HfArg(default=60, help="passes over the training images")
+    global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
 
 
 # The processes
@@ -224,10 +231,15 @@ CUT |= {name.replace("weight", "bias"): 0 for name in CUT}
 CUT |= {"o_proj.weight": 1, "fc2.weight": 1, "embeddings.position_embeddings": 1}
 
 
-def build_model(config, sizes, seed, device):
-    """shared.vit's network with these forwards, and with this rank's parts of its weights."""
-    with torch.device("meta"):  # shapes without memory
-        model = VisionTransformer(sizes)
+def build_model(images, config, num_classes, seed):
+    """The whole network's shapes, without memory."""
+    sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, drop_path=0.0)
+    with torch.device("meta"):
+        return VisionTransformer(sizes)
+
+
+def parallelize(accelerator, model, config, seed):
+    """Give the network these forwards, and this rank's parts of its weights."""
     for path, module in model.named_modules():
         layer = path.rpartition(".")[2]
         if layer in FORWARD:
@@ -239,27 +251,16 @@ def build_model(config, sizes, seed, device):
                 # Not one seed for all ranks, as in the course: parts that start equal get equal gradients and stay
                 # equal for ever, copies of one part. (Ranks of one "dp" group hold the same part, and draw the same.)
                 value = initial_value(f"{path}.{name} {GROUP['tp'].rank()}", value.shape, seed)
-            part = torch.nn.Parameter(value.to(device, copy=True).contiguous())
+            part = torch.nn.Parameter(value.to(accelerator.device, copy=True).contiguous())
             part.cut_dim = dim
             setattr(module, name, part)
     return model
 
 
-def build_loaders(accelerator, run_config, config):
+def build_loaders(accelerator, run_config, images, config):
     """Loaders by data-parallel rank: the processes that share layers see the same samples."""
-    (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(*run_config.source())
-    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    train_view = partial(training_view, min_crop_area=0.8, horizontal_flip=False)
-    eval_view = partial(evaluation_view, eval_crop_ratio=1.0)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
-    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
-
-    def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
-        return Loader(views, accelerator.device, run_config.num_workers)
-
-    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+    views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
+    return [Loader(each, accelerator.device, run_config.num_workers) for each in views]
 
 
 def build_optimizer(model, config, steps_per_epoch):
@@ -270,7 +271,7 @@ def build_optimizer(model, config, steps_per_epoch):
     return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
 
 
-def train_one_epoch(accelerator, model, buckets, loader, optimizer, scheduler, config, run):
+def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run, buckets):
     """From the run's step to the end of its epoch, or to where the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
@@ -349,9 +350,9 @@ def resume(model, optimizer, scheduler, run):
 # --check
 
 
-def check(config, sizes, seed, device):
+def compare(accelerator, model, config, seed):
     """Compare each piece with its dense layer, then five losses with DTensor's; raises UserError for a difference."""
-    hand = build_model(config, sizes, seed, device)
+    sizes, device, hand = model.config, accelerator.device, parallelize(accelerator, model, config, seed)
     with torch.device(device):
         dense = VisionTransformer(sizes)
     init_weights(dense, seed)
@@ -452,46 +453,51 @@ def losses(model, loss_of, finish=lambda: None):
     return torch.stack(values)
 
 
-def refuse(config, sizes):
-    """What cannot be cut, or is not done here, ends in one line before a model is built."""
+def check(run_config, images, config, launch, classes=0):
+    """Refuse what cannot be cut, or is not done here, before a model is built. classes: once the data is known."""
+    check_transformers()
+    sizes = vit_config(config.model, images.image_size, config.patch_size, classes, drop_path=0.0)
     size, heads, width = config.tensor_parallel_size, sizes.num_attention_heads, sizes.intermediate_size
-    classes, positions = sizes.num_labels, 1 + (sizes.image_size // sizes.patch_size) ** 2
+    lengths = {"positions": 1 + (images.image_size // config.patch_size) ** 2} | (
+        {"classes": classes} if classes else {}
+    )
 
     def fits(size):
-        parts = [ceil(length / ceil(length / size)) for length in (classes, positions)]  # fewer where some are empty
-        return heads % size == 0 and width % size == 0 and parts == [size, size]
+        parts = [ceil(length / ceil(length / size)) for length in lengths.values()]  # fewer where some are empty
+        return heads % size == 0 and width % size == 0 and set(parts) == {size}
 
-    choice = list(filter(fits, range(1, min(classes, positions) + 1)))
+    choice = list(filter(fits, range(1, min(lengths.values()) + 1)))
     if size not in choice:
+        cut_lengths = " and ".join(f"{length} {what}" for what, length in lengths.items())
         raise UserError(
-            f"--tensor_parallel_size {size} does not cut {heads} heads, {width} MLP columns, {classes} classes and "
-            f"{positions} positions. Give one of {', '.join(map(str, choice))}, or another --model."
+            f"--tensor_parallel_size {size} does not cut {heads} heads, {width} MLP columns, {cut_lengths}. "
+            f"Give one of {', '.join(map(str, choice))}, or another --model."
         )
-    if mixed_precision() not in ("no", "bf16"):
+    if launch.precision not in ("no", "bf16"):
         raise UserError("the loss scale of fp16 is not shared among the parts. Set mixed_precision to bf16 or no.")
 
 
-def main(run_config, config):
-    check_transformers()
+def main(run_config, images, config):
+    check(run_config, images, config, this_launch())
     accelerator = build_accelerator(run_config.seed, config)
-    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, images, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    sizes = vit_config(config.model, config.image_size, config.patch_size, len(classes), 0.0)
-    refuse(config, sizes)
+    check(run_config, images, config, this_launch(), len(classes))
     build_groups(config.tensor_parallel_size)
     if config.check:
-        check(config, sizes, run_config.seed, accelerator.device)
+        compare(accelerator, build_model(images, config, len(classes), run_config.seed), config, run_config.seed)
     else:
-        run = Run(accelerator, run_config, config, train_loader, eval_loader)
+        run = Run(accelerator, run_config, images, config, train_loader, eval_loader)
         if not run.finished:
-            model = build_model(config, sizes, run_config.seed, accelerator.device)
+            model = build_model(images, config, len(classes), run_config.seed)
+            model = parallelize(accelerator, model, config, run_config.seed)
             optimizer, scheduler = build_optimizer(model, config, steps_per_epoch)
             buckets = GradientBuckets(model)
             if run.checkpoint:
                 resume(model, optimizer, scheduler, run)
             with run.profiling(len(eval_loader)):
                 while not run.stopping:
-                    train_one_epoch(accelerator, model, buckets, train_loader, optimizer, scheduler, config, run)
+                    train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run, buckets)
                     if run.evaluation_due:
                         evaluate(accelerator, model, eval_loader, run)
                     run.save(*described(model, optimizer), scheduler)
@@ -500,5 +506,7 @@ def main(run_config, config):
     accelerator.end_training()
 
 
+CONFIGS = (RunConfig, Images, Config)
+
 if __name__ == "__main__":
-    main(*parse(RunConfig, Config))
+    main(*parse(*CONFIGS))

@@ -28,7 +28,6 @@ When: optimizer or weights must wait in the host's memory. Without offload FSDP2
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -36,16 +35,17 @@ from torch.nn.functional import cross_entropy
 from transformers import ViTForImageClassification, ViTImageProcessor
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size
+from shared.accelerator import build_accelerator
 from shared.checkpoint.deepspeed import ZERO
-from shared.collectives import all_finite, data_parallel
-from shared.config import RunConfig, parse
-from shared.images import Loader, Views, evaluation_view, open_data, training_view
-from shared.launch import mixed_precision, strategy
+from shared.collectives import all_finite
+from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
+from shared.images import ImageConfig, Loader, build_views, open_data
+from shared.images.settings import Part
+from shared.launch import mixed_precision, strategy, this_launch
 from shared.metrics import Evaluation
 from shared.models.vit import (
+    Rate,
     VisionTransformer,
-    check_transformers,
     find_pretrained,
     initial_value,
     load_pretrained,
@@ -54,10 +54,16 @@ from shared.models.vit import (
     vit_config,
 )
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
-from shared.order import EvaluationOrder, TrainingOrder
 from shared.run import Run
 
 STRATEGIES = ("zero1", "zero2", "zero3")
+
+
+@dataclass
+class Images(ImageConfig):
+    """The shared settings, with larger training crops."""
+
+    min_crop_area: Part = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
 
 
 @dataclass
@@ -65,53 +71,40 @@ class Config:
     """The hyper-parameters; the defaults are the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
-    patch_size: int = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
+    patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
     pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides model and patch size")
-    image_size: int = HfArg(default=32, help="side of what the network sees, pixels")
-    min_crop_area: float = HfArg(default=0.8, help="least share of an image in a training crop; ImageNet: 0.05")
-    horizontal_flip: bool = HfArg(default=False, help="mirror half of the training images")
-    eval_crop_ratio: float = HfArg(default=1.0, help="side of the centre crop over the shorter side; ImageNet: 0.875")
-    epochs: int = HfArg(default=60, help="passes over the training images")
-    global_batch_size: int = HfArg(default=64, help="images per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = HfArg(default=1, help="backward passes per step")
-    learning_rate: float = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
-    warmup_epochs: float = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: float = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
-    label_smoothing: float = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: float = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    epochs: Positive = HfArg(default=60, help="passes over the training images")
+    global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
+    label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
+    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
 
 
-def build_loaders(accelerator, run_config, config):
+def build_loaders(accelerator, run_config, images, config):
     """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
-    (rank, size), seed = data_parallel(accelerator), run_config.seed
-    train, held_out = open_data(*run_config.source())
-    batch_size = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
-    train_view = partial(training_view, min_crop_area=config.min_crop_area, horizontal_flip=config.horizontal_flip)
-    eval_view = partial(evaluation_view, eval_crop_ratio=config.eval_crop_ratio)
-    train_order = TrainingOrder(len(train), config.global_batch_size, batch_size, rank, size, seed, train.blocks)
-    eval_order = EvaluationOrder(len(held_out), batch_size, rank, size)
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
-
-    def loader(source, view, order):
-        views = Views(source, view, order, config.image_size, seed, run_config.max_undecodable)
-        return Loader(views, accelerator.device, run_config.num_workers, statistics=statistics)
-
-    return loader(train, train_view, train_order), loader(held_out, eval_view, eval_order)
+    views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
+    return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
-def build_model(accelerator, config, num_classes, seed):
+def build_model(images, config, num_classes, seed, accelerator=None):
     """The network on the CPU; under ZeRO-3 each process makes its shard of every weight and no more."""
     import deepspeed
     from transformers.initialization import no_init_weights  # 5.17 has it
 
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
-        model = load_pretrained(folder, config.image_size, num_classes, config.drop_path, seed)
+        model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
     else:
-        sizes = vit_config(config.model, config.image_size, config.patch_size, num_classes, config.drop_path)
+        sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, config.drop_path)
+        if accelerator is None:  # the preflight, which wants shapes alone
+            return VisionTransformer(sizes)
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=strategy() == "zero3"), no_init_weights():
             model = VisionTransformer(sizes)
@@ -132,11 +125,11 @@ def fill(accelerator, model, seed):
                 parameter.data.copy_(initial_value(name, parameter.shape, seed))
 
 
-def build_optimizer(accelerator, model, config, steps_per_epoch):
+def build_optimizer(model, config, steps_per_epoch, accelerator=None):
     """AdamW, on the CPU where the YAML offloads it, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin.offload_optimizer_device == "cpu":
+    plugin = accelerator and accelerator.state.deepspeed_plugin
+    if plugin and plugin.offload_optimizer_device == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         # Accelerate would put an Adam without decoupled weight decay in the place of this one.
@@ -210,16 +203,20 @@ def export(model, loader, checkpoint, folder):
     ViTImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)
 
 
-def main(run_config, config):
-    network_sizes(config)  # refuses what is not there or does not fit, before the processes meet
-    check_transformers()
+def check(run_config, images, config, launch):
+    """Refuse what is not there or does not fit, before the processes meet."""
+    network_sizes(images, config)
+
+
+def main(run_config, images, config):
+    check(run_config, images, config, this_launch())
     accelerator = build_accelerator(run_config.seed, config, STRATEGIES)
-    train_loader, eval_loader = build_loaders(accelerator, run_config, config)
+    train_loader, eval_loader = build_loaders(accelerator, run_config, images, config)
     classes, steps_per_epoch = train_loader.dataset.source.classes, train_loader.order.steps_per_epoch
-    run = Run(accelerator, run_config, config, train_loader, eval_loader)
+    run = Run(accelerator, run_config, images, config, train_loader, eval_loader)
     if not run.finished:
-        model = build_model(accelerator, config, len(classes), run_config.seed)
-        optimizer, scheduler = build_optimizer(accelerator, model, config, steps_per_epoch)
+        model = build_model(images, config, len(classes), run_config.seed, accelerator)
+        optimizer, scheduler = build_optimizer(model, config, steps_per_epoch, accelerator)
         model, optimizer = parallelize(accelerator, model, optimizer, config)
         if run.checkpoint:
             run.resume(model, optimizer, scheduler)
@@ -237,5 +234,7 @@ def main(run_config, config):
     accelerator.end_training()
 
 
+CONFIGS = (RunConfig, Images, Config)
+
 if __name__ == "__main__":
-    main(*parse(RunConfig, Config))
+    main(*parse(*CONFIGS))

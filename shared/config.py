@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -32,73 +32,50 @@ ALIASES = {
     "--max_torn": "--max_undecodable",
 }
 
-# Field name -> least and greatest value that any recipe takes. A field of this name means the same everywhere.
-BOUNDS = {
-    "epochs": (1, math.inf),
-    "max_steps": (0, math.inf),
-    "global_batch_size": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "image_size": (1, math.inf),
-    "learning_rate": (0, sys.float_info.max),
-    "momentum": (0, 1),
-    "weight_decay": (0, sys.float_info.max),
-    "max_grad_norm": (0, sys.float_info.max),
-    "warmup_epochs": (0, sys.float_info.max),
-    "label_smoothing": (0, 1),
-    "drop_path": (0, 0.99),
-    "patch_size": (1, math.inf),
-    "prefetch": (0, math.inf),
-    "tensor_parallel_size": (1, math.inf),
-    "pipeline_parallel_size": (1, math.inf),
-    "pipeline_chunks": (1, math.inf),
-    "min_crop_area": (1e-6, 1),
-    "eval_crop_ratio": (1e-6, 1),
-    "val_fraction": (0, 0.9),
-    "num_workers": (0, math.inf),
-    "max_undecodable": (0, 1),
-    "shuffle_block": (0, math.inf),
-    "num_streams": (1, math.inf),
-    "logging_steps": (1, math.inf),
-    "keep_checkpoints": (2, math.inf),
-    "time_limit": (0, math.inf),
-    "seed": (0, 2**63 - 1),
-}
+
+class Range(NamedTuple):
+    """The values that a field takes, both ends included: `epochs: Annotated[int, Range(1)]`."""
+
+    low: float
+    high: float = math.inf
+
+
+Positive = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+NonNegative = Annotated[float, Range(0, sys.float_info.max)]
+Fraction = Annotated[float, Range(0, 1)]
 
 
 @dataclass
 class RunConfig:
-    """Where a run reads and writes. Only IDENTITY of these decides what is learned; the rest may change on resume."""
+    """How a run goes, and where it writes. Only the seed decides what is learned; the rest may change on resume."""
 
-    data: str = HfArg(default="digits", help="the word digits, a folder (class folders, tar shards, tables), or a CSV")
-    val_fraction: float = HfArg(default=0.0, help="share of images held out, per class, where the data has no split")
-    shuffle_block: int = HfArg(
-        default=0,
-        help="tar shards whose images are shuffled together, so that few files are read at a time; 0 = all of them. "
-        "A shard's images then always meet within a window of that many shards: shards must be filled at random",
+    seed: Annotated[int, Range(0, 2**63 - 1)] = HfArg(default=0, help="decides weights, sample order and augmentation")
+    num_workers: Natural = HfArg(
+        default=2, help="loader processes per training process; 0 decodes in the training loop"
     )
-    image_column: str = HfArg(default="", help="of a table or a CSV; empty = the only one with images, or path")
-    label_column: str = HfArg(default="", help="of a table or a CSV; empty = the only one with classes, or label")
-    seed: int = HfArg(default=0, help="decides weights, sample order and augmentation")
-    max_undecodable: float = HfArg(default=0.001, help="share of images that may fail to decode before the run stops")
-    num_workers: int = HfArg(default=2, help="loader processes per training process; 0 decodes in the training loop")
-    max_steps: int = HfArg(default=0, help="stop after this many steps, schedule unchanged; 0 = run all epochs")
-    logging_steps: int = HfArg(default=10, help="steps between two lines of metrics.jsonl")
+    max_steps: Natural = HfArg(default=0, help="stop after this many steps, schedule unchanged; 0 = run all epochs")
+    logging_steps: Positive = HfArg(default=10, help="steps between two lines of metrics.jsonl")
     output_dir: str = HfArg(default="", help="the run's folder; empty = runs/<recipe>-<hash of the configuration>")
     checkpointing_steps: str = HfArg(default="epoch", help="steps between checkpoints, or the word epoch")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto = newest in output_dir, never, or a checkpoint")
     resume_override: str = HfArg(default="", help="values, by name, that a resume may change: learning_rate,epochs")
-    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints to keep; the most accurate one stays besides")
+    keep_checkpoints: Annotated[int, Range(2)] = HfArg(
+        default=2, help="newest checkpoints to keep; the most accurate one stays besides"
+    )
     async_checkpoint: bool = HfArg(default=False, help="train on while a copy of the state is written")
-    time_limit: float = HfArg(default=0.0, help="seconds until the run saves and ends; 0 = Slurm's job end, if any")
+    time_limit: NonNegative = HfArg(
+        default=0.0, help="seconds until the run saves and ends; 0 = Slurm's job end, if any"
+    )
     on_nonfinite: Literal["stop", "skip"] = HfArg(default="stop", help="what a gradient with nan or inf does")
     report_to: str = HfArg(
         default="tensorboard", help="trackers: tensorboard, wandb, mlflow, comma-separated, or none"
     )
     profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
 
-    def source(self) -> tuple:
-        """What shared.images.open_data takes."""
-        return self.data, self.val_fraction, self.seed, self.shuffle_block, self.image_column, self.label_column
+    def identity(self) -> dict:
+        """Return what decides what is learned."""
+        return {"seed": self.seed}
 
 
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
@@ -145,11 +122,11 @@ def _unknown(argument: str, known: list[str]) -> str:
 
 
 def _check_bounds(config) -> None:
-    for field in dataclasses.fields(config):
-        low, high = BOUNDS.get(field.name, (-math.inf, math.inf))
-        value = getattr(config, field.name)
-        if field.name in BOUNDS and not low <= value <= high:
-            raise UserError(f"--{field.name} {value} is out of range. Give a value from {low:g} to {high:g}.")
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        for bounds in getattr(hint, "__metadata__", ()):
+            low, high, value = *bounds, getattr(config, name)
+            if not low <= value <= high:
+                raise UserError(f"--{name} {value} is out of range. Give a value from {low:g} to {high:g}.")
 
 
 def _fit_warmup(config, words: list[str]) -> None:

@@ -5,6 +5,9 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from .errors import UserError
 
@@ -15,6 +18,20 @@ READ = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "OMP_NUM_THREADS", "PMI_", "OMPI
 OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate reads beside WORLD_SIZE
 WORDS = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
+
+
+class Launch(NamedTuple):
+    """What a recipe may refuse of a launch, before its processes meet; the preflight makes one of a job's plan."""
+
+    strategy: str  # ddp, fsdp, hsdp or zero1 to zero3
+    precision: str  # no, fp16, bf16 or fp8
+    processes: int
+    on_gpu: bool
+
+
+def this_launch() -> Launch:
+    """Return the one that this process is of."""
+    return Launch(strategy(), mixed_precision(), world_size(), not forced_cpu() and torch.cuda.is_available())
 
 
 def settle_variables() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, launch_command, python
 
-from shared.config import RunConfig, parse
+from shared.config import parse
 from shared.errors import UserError
 from shared.images import open_data
 from shared.lifetime import Interruption
@@ -148,7 +148,7 @@ def test_a_global_batch_larger_than_the_data_is_refused():
 def test_the_parser_names_the_flag_and_a_remedy(arguments, words, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "recipes")
     with pytest.raises(UserError) as caught:
-        parse(RunConfig, importlib.import_module("resnet").Config, arguments=arguments)
+        parse(*importlib.import_module("resnet").CONFIGS, arguments=arguments)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

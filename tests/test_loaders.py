@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipes of other loaders: resnet.py's batches, or the streams' own, on any topology and after a resume."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -27,7 +28,6 @@ from forked import children
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from shared.config import RunConfig
 from shared.draws import augmentation_seed
 from shared.errors import UserError
 from shared.images import loader as loaders
@@ -66,8 +66,14 @@ def build(recipe: str, data, rank=0, size=1, num_workers=0, run=None, **flags):
     module = importlib.import_module(recipe)
     accelerator = SimpleNamespace(device=torch.device("cpu"), mesh=Mesh(rank, size), is_main_process=True)
     accelerator.wait_for_everyone = lambda: None
-    run_config = RunConfig(data=str(data), num_workers=num_workers, **(run or {}))
-    return module.build_loaders(accelerator, run_config, module.Config(**{"horizontal_flip": True} | flags))
+    values = {"data": str(data), "num_workers": num_workers, "horizontal_flip": True} | (run or {}) | flags
+    configs = [kind(**{name: values.pop(name) for name in names(kind) & values.keys()}) for kind in module.CONFIGS]
+    assert not values
+    return module.build_loaders(accelerator, *configs)
+
+
+def names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def joined(recipe, data, size=1, num_workers=0, **flags) -> list[Batch]:

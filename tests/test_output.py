@@ -17,6 +17,7 @@ from PIL import Image
 from shared.images import Source, open_data
 from shared.images.description import describe
 from shared.images.storage import Files, Pixels
+from shared.run.summary import Summary
 
 FLAGS = ["--epochs", "2", "--global_batch_size", "256", "--image_size", "16", "--logging_steps", "3"]
 FLAGS += ["--norm", "group", "--learning_rate", "0.02", "--report_to", "none", "--num_workers", "1"]
@@ -43,7 +44,7 @@ def copy():
 
 threading.Thread(target=copy, daemon=True).start()
 resnet.build_model, resnet.evaluate = slowly(resnet.build_model), slowly(resnet.evaluate)
-resnet.main(*resnet.parse(resnet.RunConfig, resnet.Config))
+resnet.main(*resnet.parse(*resnet.CONFIGS))
 time.sleep(0.5)
 """
 
@@ -101,19 +102,16 @@ def test_tf32_by_torchs_own_switch_is_recorded_and_another_run(slow):
 # The description
 
 
-def described(parts: tuple[Source, Source], image_size: int, epoch_images: int | None = None) -> list[str]:
-    train, held_out = (SimpleView(part, image_size) for part in parts)
-    lines = describe(train, held_out, len(parts[0]) if epoch_images is None else epoch_images)
+def described(parts: tuple[Source, Source], image_size: int, steps: int | None = None) -> list[str]:
+    """The opening lines, of batches of one image, but the last one, which says how a batch is made."""
+    data = [describe(SimpleNamespace(source=part, image_size=image_size), "pillow") for part in parts]
+    position = SimpleNamespace(epoch_steps=len(parts[0]) if steps is None else steps, total_steps=0)
+    summary = object.__new__(Summary)
+    summary.accelerator, summary.position = SimpleNamespace(mesh=None), position
+    config = SimpleNamespace(global_batch_size=1, gradient_accumulation_steps=1, epochs=1)
+    *lines, _ = summary.opening_lines(*data, config)
     assert all(len(line) <= 80 for line in lines)
     return lines
-
-
-class SimpleView(SimpleNamespace):
-    def __init__(self, source: Source, image_size: int):
-        super().__init__(source=source, image_size=image_size)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
 
 def large(count: int, width: int, height: int, classes: int) -> Source:

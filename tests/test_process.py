@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from shared.config import RunConfig, expand_home, parse
 from shared.errors import UserError
+from shared.images import ImageConfig
 from shared.images.index import cache_folder
 from shared.launch import LAUNCH, settle_variables
 
@@ -122,8 +123,8 @@ def test_a_tilde_is_the_home_folder_in_every_form(monkeypatch):
     words = ["--data=~/images", "--output_dir", "~/x", "~", "a~", "--lr=1", "--resume_from_checkpoint=~"]
     expanded = ["--data=/home/me/images", "--output_dir", "/home/me/x", "/home/me", "a~", "--lr=1"]
     assert expand_home(words) == [*expanded, "--resume_from_checkpoint=/home/me"]
-    (run_config,) = parse(RunConfig, arguments=["--data=~/images", "--output_dir=~"])
-    assert (run_config.data, run_config.output_dir) == ("/home/me/images", "/home/me")
+    run_config, images = parse(RunConfig, ImageConfig, arguments=["--data=~/images", "--output_dir=~"])
+    assert (images.data, run_config.output_dir) == ("/home/me/images", "/home/me")
     with pytest.raises(UserError, match=r"~no_such_user/x: this home folder is not known\. Set HOME"):
         expand_home(["--data=~no_such_user/x"])
 
@@ -228,7 +229,7 @@ def leave(monkeypatch, variables: str) -> None:
 ALONE = """
 lifetime.PATIENCE = 1
 import torch
-with launch.meeting():
+with lifetime.meeting():
     torch.distributed.init_process_group("gloo")
 """
 

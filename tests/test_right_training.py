@@ -5,7 +5,6 @@ import importlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from shared.checkpoint import read_state, read_weights
 from shared.config import parse
 from shared.errors import UserError
+from shared.images import ImageConfig
+from shared.launch import program, this_launch
 from shared.models.vit import VisionTransformer, initial_value
 from shared.optim import zero_momentum
 from shared.order import TrainingOrder
@@ -114,7 +115,7 @@ import os
 import torch
 import vit_fsdp as recipe
 from shared.checkpoint import read_state, read_weights
-from shared.config import RunConfig, parse
+from shared.config import parse
 from torch.nn.utils import clip_grad_norm_
 build, clip, steps = recipe.build_accelerator, recipe.clip_grad_norm, 0
 def scaled(*arguments):
@@ -135,7 +136,7 @@ def clipped(accelerator, model, max_norm):
         print(f"accelerate: {error}", flush=True)
         return clip_grad_norm_(model.parameters(), max_norm)
 recipe.build_accelerator, recipe.clip_grad_norm = scaled, clipped
-recipe.main(*parse(RunConfig, recipe.Config))
+recipe.main(*parse(*recipe.CONFIGS))
 """
 
 
@@ -166,10 +167,8 @@ def test_fsdp2_in_fp16_takes_its_first_step_and_all_ranks_skip_the_same(server, 
 def test_what_shares_no_loss_scale_refuses_fp16(recipe, monkeypatch, name):
     module = recipe(name)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    sizes = module.vit_config("demo", 32, 8, 10, 0.0)
-    check = partial(module.refuse, sizes=sizes) if name == "vit_tp_by_hand" else module.check_sizes
     with pytest.raises(UserError, match=r"fp16.* Set mixed_precision to bf16 or no"):
-        check(module.Config())
+        module.check(*(config() for config in module.CONFIGS), this_launch())
 
 
 # Dropout, which each process would draw for itself
@@ -194,18 +193,18 @@ def dropping(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("name", [*RESNETS, "vit", "vit_fsdp", "vit_tp", "vit_pp"])
 def test_no_network_of_a_recipe_has_an_active_dropout(recipe, dropping, capfd, monkeypatch, name):
-    module, seed = recipe(name), [0] if name.startswith("vit") else []
-    assert active(module.build_model(module.Config(), 10, *seed)) == []
-    if seed:
-        model = module.build_model(module.Config(pretrained=dropping), 10, *seed)
+    module, images = recipe(name), ImageConfig()
+    assert active(module.build_model(images, module.Config(), 10, 0)) == []
+    if name.startswith("vit"):
+        model = module.build_model(images, module.Config(pretrained=dropping), 10, 0)
         assert active(model) == []
         (line,) = [line for line in capfd.readouterr().err.splitlines() if "--pretrained" in line]
         given = "hidden_dropout_prob 0.1, attention_probs_dropout_prob 0.2"
         assert line == f"--pretrained {dropping} has {given}: trained here without; see --drop_path"
-        images = torch.randn(2, 3, 32, 32)
-        assert torch.equal(model.train()(images), model(images))
+        pixels = torch.randn(2, 3, 32, 32)
+        assert torch.equal(model.train()(pixels), model(pixels))
         monkeypatch.setenv("RANK", "1")
-        module.build_model(module.Config(pretrained=dropping), 10, *seed)
+        module.build_model(images, module.Config(pretrained=dropping), 10, 0)
         assert "--pretrained" not in capfd.readouterr().err
 
 
@@ -245,11 +244,12 @@ def test_torchdata_pins_on_the_gpu_of_the_process(recipe, monkeypatch):
 @pytest.mark.parametrize(("name", "epochs", "warmup"), [("resnet", 3, 0.9), ("resnet", 4, 3.0), ("vit_pp", 5, 5 / 12)])
 def test_a_default_warmup_ends_within_the_run(recipe, capsys, name, epochs, warmup):
     module = recipe(name)
-    run_config, config = parse(module.RunConfig, module.Config, arguments=["--epochs", str(epochs)])
+    configs = parse(*module.CONFIGS, arguments=["--epochs", str(epochs)])
+    config = configs[-1]
     assert config.warmup_epochs == pytest.approx(warmup)
     said = f"the warmup takes {warmup:g} of {epochs} epochs" in capsys.readouterr().err
     assert said == (warmup < epochs - 1)
-    assert identity(name, "no", run_config, config)["warmup_epochs"] == config.warmup_epochs
+    assert identity(name, "no", *configs)["warmup_epochs"] == config.warmup_epochs
     model = nn.Linear(1, 1)
     _, scheduler = module.build_optimizer(model, config, 100)
     rates = [scheduler.lr_lambdas[0](number) for number in range(100 * epochs)]
@@ -261,8 +261,8 @@ def test_a_default_warmup_ends_within_the_run(recipe, capsys, name, epochs, warm
 def test_a_warmup_that_the_run_does_not_leave_is_refused(recipe, word):
     module = recipe("resnet")
     with pytest.raises(UserError, match=r"--warmup_epochs 3(.5)? leaves nothing of --epochs 3 .* Give less than 3\."):
-        parse(module.RunConfig, module.Config, arguments=["--epochs", "3", word])
-    _, config = parse(module.RunConfig, module.Config, arguments=["--epochs", "3", "--warmup_epochs", "2.9"])
+        parse(*module.CONFIGS, arguments=["--epochs", "3", word])
+    *_, config = parse(*module.CONFIGS, arguments=["--epochs", "3", "--warmup_epochs", "2.9"])
     assert config.warmup_epochs == 2.9
 
 
@@ -319,7 +319,7 @@ def test_only_what_a_recipe_does_counts(tmp_path, monkeypatch, old, new, names):
     sources = []
     for text in (RECIPE, RECIPE.replace(old, new)):
         path.write_text(text)
-        recipe_source.cache_clear()
+        program.cache_clear()
         sources.append(recipe_source())
     assert text != RECIPE
     assert differing(*sources) == names
@@ -327,7 +327,7 @@ def test_only_what_a_recipe_does_counts(tmp_path, monkeypatch, old, new, names):
     path.write_text("edited = 'while the data is listed'")
     assert recipe_source() == sources[1]
     path.unlink()
-    recipe_source.cache_clear()
+    program.cache_clear()
     assert recipe_source() == {}
 
 
@@ -344,7 +344,7 @@ def test_an_edited_recipe_is_no_longer_the_run_of_its_folder(server, tmp_path):
     start(source, "--max_steps", "1")
     formatted = source.replace("model.train()\n", "model.train()  # not eval\n\n").replace("Train a ResNet", "Fit one")
     assert "already finished" in start(formatted, "--max_steps", "1")
-    edited = source.replace("loss = cross_entropy(", "loss = 2 * cross_entropy(")
+    edited = source.replace("total = cross_entropy(", "total = 2 * cross_entropy(")
     for steps in ("1", "2"):
         error = start(edited, "--max_steps", steps).splitlines()[-1]
         assert (

@@ -81,7 +81,7 @@ transformers.__version__ = "4.40"
 def state():
     with open("/proc/self/maps") as maps:
         libraries = {line.split()[-1] for line in maps if ".so" in line}
-    levels = {name: logger.level for name, logger in logging.root.manager.loggerDict.items() if hasattr(logger, "level")}
+    levels = {name: getattr(logger, "level", 0) for name, logger in logging.root.manager.loggerDict.items()}
     return {
         "hook": sys.excepthook, "exit functions": atexit._ncallbacks(), "threads": threading.active_count(),
         "files": sorted(os.listdir("/proc/self/fd")), "loaded libraries": libraries, "variables": dict(os.environ),

@@ -484,11 +484,11 @@ import sys
 import torch
 import {recipe} as recipe
 from shared.checkpoint import retention, tensors
-from shared.config import RunConfig, parse
+from shared.config import parse
 rank = int(os.environ["RANK"])
 {code}
 if __name__ == "__main__":
-    recipe.main(*parse(RunConfig, recipe.Config))
+    recipe.main(*parse(*recipe.CONFIGS))
 """
 
 

@@ -51,15 +51,15 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = choose(run_folder / "checkpoints", arguments.checkpoint)
     print(f"from {checkpoint}", flush=True)
     run = json.loads((run_folder / "config.json").read_text())
-    run["run_config"]["data"] = arguments.data or run["identity"]["data"]  # whole, not relative to the run's start
+    run["data_config"]["data"] = arguments.data or run["identity"]["data"]  # whole, not relative to the run's start
     run["config"] |= {"pretrained": arguments.pretrained} if arguments.pretrained else {}
     recipe = load_recipe(find_recipe(run))
     with as_user_errors(recipe):
-        config = recipe_config(recipe, run)
+        config, images = recipe_config(recipe, run), known(recipe.CONFIGS[1], run["data_config"])
         # First: where the data is gone, nothing is written.
-        opened = None if arguments.no_check else held_out(recipe, run, config, arguments.device)
+        opened = None if arguments.no_check else held_out(recipe, run, images, config, arguments.device)
         with beside(out) as folder:
-            network = write(folder, recipe, run, config, read_weights(checkpoint))
+            network = write(folder, recipe, run, images, config, read_weights(checkpoint))
             make_readable(folder)
     print(f"written: {out}", flush=True)
     if opened:
@@ -161,7 +161,7 @@ def fields(kind: type, values: dict) -> dict:
     return {name: value for name, value in values.items() if name in names}
 
 
-def held_out(recipe: ModuleType, run: dict, config, device: str) -> tuple:
+def held_out(recipe: ModuleType, run: dict, images, config, device: str) -> tuple:
     """An Accelerator of one process on the device, in fp32, and the recipe's loader of the held-out images."""
     for name in [name for name in os.environ if name.startswith(LAUNCHER)]:
         del os.environ[name]
@@ -171,27 +171,33 @@ def held_out(recipe: ModuleType, run: dict, config, device: str) -> tuple:
     # Without the sizes of a split, for which it would make a process group of one.
     asked = SimpleNamespace(**{name: value for name, value in vars(config).items() if name not in ALONE})
     accelerator = recipe.build_accelerator(run_config.seed, asked)
-    return accelerator, recipe.build_loaders(accelerator, run_config, config)[1]
+    return accelerator, recipe.build_loaders(accelerator, run_config, images, config)[1]
 
 
 # Writing
 
 
 def write(
-    folder: Path, recipe: ModuleType, run: dict, config, weights: dict[str, Tensor]
+    folder: Path, recipe: ModuleType, run: dict, images, config, weights: dict[str, Tensor]
 ) -> Callable[[Path], torch.nn.Module]:
     """Fill the folder; returns what reads the network from it, wherever it lies by then."""
     mean, std = ([value / 255 for value in values] for values in pixel_statistics(recipe, config))
     if any(name.startswith("vit.embeddings.") for name in weights):
-        write_vit(folder, vit_config(recipe, config, run["classes"]), weights)
-        size = {"height": config.image_size, "width": config.image_size}
+        write_vit(folder, vit_config(recipe, images, config, run["classes"]), weights)
+        size = {"height": images.image_size, "width": images.image_size}
         ViTImageProcessor(size=size, image_mean=mean, image_std=std).save_pretrained(folder)
         return ViTLogits.from_pretrained
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     classes = {"num_classes": len(run["classes"]), "classes": run["classes"]}
-    values = {"recipe": recipe.__name__} | run["config"] | classes | {"image_mean": mean, "image_std": std}
+    values = (
+        {"recipe": recipe.__name__}
+        | run["data_config"]
+        | run["config"]
+        | classes
+        | {"image_mean": mean, "image_std": std}
+    )
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-    return lambda folder: read(folder, recipe, config)
+    return lambda folder: read(folder, recipe, images, config)
 
 
 def pixel_statistics(recipe: ModuleType, config) -> tuple[list[float], list[float]]:
@@ -208,21 +214,21 @@ def write_vit(folder: Path, network: ViTConfig, weights: dict[str, Tensor]) -> N
     model.save_pretrained(folder)
 
 
-def vit_config(recipe: ModuleType, config, classes: list[str]) -> ViTConfig:
+def vit_config(recipe: ModuleType, images, config, classes: list[str]) -> ViTConfig:
     """Sizes by the recipe's name for them, or of what it fine-tuned, and the classes by name."""
     if getattr(config, "pretrained", ""):
         network = ViTConfig.from_pretrained(recipe.find_pretrained(config.pretrained))
-        network.image_size = config.image_size
+        network.image_size = images.image_size
     else:
-        network = recipe.vit_config(config.model, config.image_size, config.patch_size, len(classes), 0.0)
+        network = recipe.vit_config(config.model, images.image_size, config.patch_size, len(classes), 0.0)
     network.id2label = dict(enumerate(classes))
     network.label2id = {name: number for number, name in enumerate(classes)}
     return network
 
 
-def read(folder: Path, recipe: ModuleType, config) -> torch.nn.Module:
+def read(folder: Path, recipe: ModuleType, images, config) -> torch.nn.Module:
     """The recipe's network with what was written, as a reader of the folder would build it."""
-    model = recipe.build_model(config, json.loads((folder / "config.json").read_text())["num_classes"])
+    model = recipe.build_model(images, config, json.loads((folder / "config.json").read_text())["num_classes"], seed=0)
     fill(model, load_file(folder / "model.safetensors"))
     return model
 

@@ -24,7 +24,6 @@ import getpass
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -42,7 +41,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from unittest import mock
 
 import yaml
 from packaging.requirements import Requirement
@@ -187,7 +185,8 @@ class Task(NamedTuple):
 
     name: str
     words: list[str]
-    run_config: object  # None where the recipe has none
+    run_config: object  # None where the recipe has none, nor images
+    images: object
     config: object
 
 
@@ -263,17 +262,10 @@ class Plan:
         """Of one forward of one process."""
         return task.config.global_batch_size // self.sizes(task)[2] // task.config.gradient_accumulation_steps
 
-    def as_worker(self):
-        """While this lasts, the recipe's own checks see the variables that a worker of this job would."""
-        variables = {
-            "WORLD_SIZE": self.world_size,
-            "ACCELERATE_MIXED_PRECISION": self.precision[0],
-            "ACCELERATE_USE_FSDP": self.kind in ("fsdp", "hsdp"),
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": self.nodes if self.kind == "hsdp" else 1,
-            "ACCELERATE_USE_DEEPSPEED": self.kind.startswith("zero"),
-            "ACCELERATE_DEEPSPEED_ZERO_STAGE": self.kind[-1],
-        }
-        return mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()})
+    @property
+    def launch(self):
+        """What a worker of this job would find, for the recipe's own checks."""
+        return self.shared("launch").Launch(self.kind, self.precision[0], self.world_size, on_gpu=True)
 
 
 def main(words: list[str]) -> int:
@@ -645,8 +637,8 @@ def read_recipe(plan: Plan) -> Iterator[str]:
         what = f"{plan.recipe} cannot be imported: {type(error).__name__}: {error}"
         yield f"{what}. Install what it needs, and copy shared/ beside it."
         return
-    if not (hasattr(module, "parse") and hasattr(module, "Config")):
-        yield f"{plan.recipe} is no recipe: it has no Config or no parse. Give a file like those of recipes/."
+    if not (hasattr(module, "parse") and hasattr(module, "CONFIGS")):
+        yield f"{plan.recipe} is no recipe: it has no CONFIGS or no parse. Give a file like those of recipes/."
         return
     plan.module, code = module, plan.strategy.split("_")[0]
     if (code if code in ("tp", "pp") else plan.kind) not in plan.takes:
@@ -684,13 +676,11 @@ def array(text: str) -> list[int]:
 
 
 def read_task(plan: Plan, name: str, words: list[str]) -> Iterator[str]:
-    classes = [getattr(plan.module, each) for each in ("RunConfig", "Config") if hasattr(plan.module, each)]
-
     def read() -> None:
-        *run_config, config = plan.module.parse(*classes, arguments=words)
-        plan.tasks.append(Task(name, words, run_config[0] if run_config else None, config))
+        *shared, config = plan.module.parse(*plan.module.CONFIGS, arguments=words)
+        plan.tasks.append(Task(name, words, *(shared or (None, None)), config))
 
-    with mock.patch("sys.excepthook"), contextlib.redirect_stderr(io.StringIO()) as said:  # parse sets another
+    with contextlib.redirect_stderr(io.StringIO()) as said:
         problems = list(refusals(plan, read))
     plan.notes += said.getvalue().splitlines()
     yield from (f"{name}: {problem}" if name else problem for problem in problems)
@@ -709,9 +699,7 @@ def tasks(plan: Plan) -> Iterator[str]:
     folders = {}
     for task in plan.tasks:
         for check in (variables, cut, start, data, wrapped):
-            with plan.as_worker():
-                problems = list(refusals(plan, check, plan, task))
-            for problem in problems:
+            for problem in refusals(plan, check, plan, task):
                 asks = re.search("--data /.* does not exist|--pretrained .* was not found", problem)
                 hint = " $DSDIR is not set: log in anew, or export it." * bool(asks and "DSDIR" not in os.environ)
                 yield (f"{task.name}: " if task.name else "") + problem + hint
@@ -740,47 +728,51 @@ def cut(plan: Plan, task: Task) -> Iterator[str]:
     elif not size:
         gpus = f"{plan.world_size} GPUs ({plan.nodes} nodes x {plan.gpus[0]})"
         yield f"{flags} does not divide the {gpus}. Change it or --nodes."
-    if hasattr(recipe, "check_sizes"):
-        recipe.check_sizes(task.config)
-    elif hasattr(recipe, "refuse"):
-        recipe.refuse(task.config, network(plan, task).config)
-    elif hasattr(task.config, "pretrained"):
-        plan.shared("models.vit").network_sizes(task.config)
-    blocks = plan.shared("models.vit").network_sizes(task.config)[0] if pipeline > 1 else 0
+    if hasattr(recipe, "check"):
+        recipe.check(task.run_config, task.images, task.config, plan.launch)
+    blocks = number_of_blocks(network(plan, task)) if pipeline > 1 else 0
     if blocks % pipeline:
         plan.notes.append(f"warning: {blocks} blocks over {pipeline} stages: the larger ones keep the others waiting.")
+
+
+def number_of_blocks(model) -> int:
+    """Those of its longest list of modules."""
+    import torch
+
+    return max(len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def start(plan: Plan, task: Task) -> None:
     """What a run refuses when it starts: its batch, trackers, checkpoints, what DeepSpeed cannot."""
     size = plan.sizes(task)[2]
     if task.run_config:
-        tracking = plan.shared("run.run")
-        tracking._trackers(task.run_config.report_to)
-        tracking._refuse_pairs(task.run_config, task.config)
-        tracking._checkpoint_steps(task.run_config.checkpointing_steps, 1)
-        config = task.config
+        run, config = task.run_config, task.config
+        plan.shared("run.log").known_trackers(run.report_to)
+        plan.shared("run.nonfinite").refuse_pairs(run, config, plan.kind)
+        plan.shared("run.position").checkpoint_steps(run.checkpointing_steps, 1)
         plan.shared("accelerator").split_batch(size or 1, config.global_batch_size, config.gradient_accumulation_steps)
 
 
 def data(plan: Plan, task: Task) -> Iterator[str]:
     """That it is there, that a batch does not exceed it, and that nobody forgot it on several nodes."""
     given = any(word.split("=")[0] == "--data" for word in task.words)
-    if task.run_config and task.run_config.data == "digits" and plan.nodes > 1 and not given:
+    if task.images and task.images.data == "digits" and plan.nodes > 1 and not given:
         what = f"without --data the {plan.nodes} nodes train on 1,797 embedded digits"
         yield f"{what}. Give --data FOLDER, or --data digits where you mean them."
-    if task.run_config and "$" not in task.run_config.data:
+    if task.images and "$" not in task.images.data:
         steps_per_epoch(plan, task)
 
 
 def steps_per_epoch(plan: Plan, task: Task) -> int | None:
     """None where there are no images, or they are not counted yet: class folders without an index take long."""
-    read, run = getattr(plan.module, "open_data", None), task.run_config
-    if not read or not run or (Path(run.data).exists() and not Path(run.data, "train/index.safetensors").exists()):
+    read, images = getattr(plan.module, "open_data", None), task.images
+    if not read or not images:
         return None
-    batch = task.config.global_batch_size
-    count = count_images(read, *run.source())
-    return plan.shared("order").TrainingOrder(count, batch, batch, 0, 1, run.seed).steps_per_epoch
+    if Path(images.data).exists() and not Path(images.data, "train/index.safetensors").exists():
+        return None
+    batch, seed = task.config.global_batch_size, task.run_config.seed
+    count = count_images(read, *images.source(seed))
+    return plan.shared("order").TrainingOrder(count, batch, batch, 0, 1, seed).steps_per_epoch
 
 
 @functools.cache
@@ -804,27 +796,8 @@ def network(plan: Plan, task: Task):
     """The recipe's model without memory; 1,000 classes where the data is not looked at."""
     import torch
 
-    recipe, config, many = plan.module, task.config, 1000
-    if task.run_config.data == "digits":
-        many = 10
-
-    def plain(folder=None, *_):
-        vit = plan.shared("models.vit")
-        if not folder:
-            return vit.VisionTransformer(vit.vit_config(config.model, config.image_size, config.patch_size, many, 0.0))
-        settings = vit._read_config(folder)
-        settings.num_labels, settings.image_size, settings.drop_path = many, config.image_size, 0.0
-        return vit.VisionTransformer(settings)
-
-    with torch.device("meta"), mock.patch("torch.nn.Module.to_empty", lambda module, **_: module):
-        names = list(inspect.signature(recipe.build_model).parameters)
-        if names[:2] == ["config", "num_classes"]:
-            stubs = {"init_weights": lambda *_: None, "load_pretrained": plain}
-            with mock.patch.dict(vars(recipe), stubs):
-                return recipe.build_model(config, many, *[0 for name in names[2:]])
-        # vit_zero.py and vit_tp_by_hand.py cut weights as they make them, which takes processes.
-        pretrained = getattr(config, "pretrained", "")
-        return plain(plan.shared("models.vit").find_pretrained(pretrained) if pretrained else None)
+    with torch.device("meta"):
+        return plan.module.build_model(task.images, task.config, 10 if task.images.data == "digits" else 1000, 0)
 
 
 def memory(plan: Plan) -> Iterator[str]:
@@ -865,8 +838,7 @@ def memory(plan: Plan) -> Iterator[str]:
 def all_reduce(plan: Plan, task: Task) -> Iterator[str]:
     """How long a step's gradients travel, where nothing hides it: a ring sends them 2 (n - 1) / n times."""
     tensor, stages, size = plan.sizes(task)
-    with plan.as_worker():
-        count = sum(weight.numel() for weight in network(plan, task).parameters())
+    count = sum(weight.numel() for weight in network(plan, task).parameters())
     half = plan.kind.startswith("zero") and plan.precision[0] != "no"
     sent, (rate, source) = count // (tensor * stages) * (2 if half else 4), bandwidth(plan)
     if size > 1 and rate:
@@ -895,19 +867,17 @@ def memory_of(plan: Plan, task: Task):
     import memory_estimate as estimate
 
     config, kind, (tensor, stages, _), recipe = task.config, plan.kind, plan.sizes(task), plan.module
-    with plan.as_worker():
-        model = network(plan, task)
+    model = network(plan, task)
     for module in model.modules():
         module.recompute = False  # --activation_checkpointing; its bytes follow from the whole ones
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     half = plan.precision[0] != "no"
     yaml = plan.section("deepspeed") | plan.section("fsdp")
-    saved = estimate.activations(model, config.image_size, half)
+    saved = estimate.activations(model, task.images.image_size, half)
     if getattr(config, "sequence_parallel", False):
         saved = saved._replace(split=saved.block)
     held = {"replicas": plan.nodes if kind == "hsdp" else 1, "weight_bytes": 2 if half and "zero" in kind else 4}
-    if "model" in list(inspect.signature(recipe.build_optimizer).parameters)[:1]:  # else vit_zero.py's Adam
-        held["state_bytes"] = estimate.state_bytes(recipe.build_optimizer(model, config, 100)[0])
+    held["state_bytes"] = estimate.state_bytes(recipe.build_optimizer(model, config, 100)[0])
     how = {"half": half, "tensor": tensor, "stages": stages}
     how["reshard"] = yaml.get("fsdp_reshard_after_forward", True) and getattr(config, "reshard_after_forward", True)
     if getattr(config, "pipeline_schedule", "") == "1f1b":
@@ -938,7 +908,7 @@ def memory_of(plan: Plan, task: Task):
 def output(plan: Plan, task: Task) -> Path:
     """The run's folder."""
     config = plan.shared("run.identity")
-    values = config.identity(plan.recipe.stem, plan.precision[0], task.run_config, task.config)
+    values = config.identity(plan.recipe.stem, plan.precision[0], task.run_config, task.images, task.config)
     return Path(task.run_config.output_dir or f"runs/{plan.recipe.stem}-{config.identity_hash(values)}")
 
 
@@ -979,14 +949,14 @@ def report(plan: Plan, task: Task) -> list[str]:
         every = "" if run.checkpointing_steps == "epoch" else f"each {run.checkpointing_steps} steps and "
         rows += [
             ("batch", f"{batch} = {product}", flags("global_batch_size", "gradient_accumulation_steps")),
-            *settings(run, ["data"]),
-            *settings(config, ["model", "image_size", "epochs", "learning_rate"]),
-            ("checkpoints", f"{every}each epoch" if saves(plan) else "none", flags("checkpointing_steps")),
+            *settings(task.images, ["data", "image_size"]),
+            *settings(config, ["model", "epochs", "learning_rate"]),
+            ("checkpoints", f"{every}each epoch", flags("checkpointing_steps")),
             ("output", str(output(plan, task)), flags("output_dir") if run.output_dir else "hash of all values"),
         ]
     shown = {*(name for name, *_ in rows), *SIZES, "global_batch_size", "gradient_accumulation_steps"}
     shown |= {"checkpointing_steps", "output_dir"}
-    for owner in filter(None, (task.run_config, task.config)):  # what else was given
+    for owner in filter(None, (task.run_config, task.images, task.config)):  # what else was given
         rows += settings(
             owner, [each.name for each in fields(owner) if f"--{each.name}" in given and each.name not in shown]
         )
@@ -1006,7 +976,7 @@ def crash_cost(plan: Plan, task: Task) -> str:
         hours < math.inf,
         f"; never more than the job's {hours:,.1f} GPU-hours." if hours < math.inf else ".",
     )
-    if not saves(plan):
+    if not run:
         return f"There are no checkpoints: a crash costs all that was done{limit}"
     steps, every = steps_per_epoch(plan, task), run.checkpointing_steps
     numbers = [number for number in (steps, None if every == "epoch" else int(every)) if number]
@@ -1018,11 +988,6 @@ def crash_cost(plan: Plan, task: Task) -> str:
     share = min(1, (min(numbers) if steps else 1) / total)
     cost = f" ({share * hours:,.2f} GPU-hours if the run fills the job)" * known
     return f"A crash between checkpoints costs at most {what}, {share:.1%} of the run{cost}{limit}"
-
-
-def saves(plan: Plan) -> bool:
-    """Whether the recipe writes checkpoints."""
-    return "run.save(" in plan.recipe.read_text()
 
 
 if __name__ == "__main__":

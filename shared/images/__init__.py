@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in, batches on the device out; which samples make a step depends on seed and step alone."""
 
-from .loader import Batch, Loader, Views
+from .loader import Batch, Loader, Views, build_views
+from .settings import ImageConfig
 from .sources import Source, open_data
 from .views import evaluation_view, training_view
 
-__all__ = ["Batch", "Loader", "Source", "Views", "evaluation_view", "open_data", "training_view"]
+__all__ = [
+    "Batch",
+    "ImageConfig",
+    "Loader",
+    "Source",
+    "Views",
+    "build_views",
+    "evaluation_view",
+    "open_data",
+    "training_view",
+]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .native import libjpeg_version, library
 
-
 # PIL's names of what is read; others of its readers run programs (EPS) or are seldom tried. JPEG includes MPO.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
 END_OF_IMAGE = b"\xff\xd9"

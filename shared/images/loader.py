@@ -20,9 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..accelerator import micro_batch_size
+from ..collectives import data_parallel
+from ..config import RunConfig
 from ..contracts import Description
 from ..draws import augmentation_seed, digest
 from ..errors import UserError, say
@@ -33,7 +37,9 @@ from ..order import EvaluationOrder, TrainingOrder
 from .decode import View, decoder, render
 from .description import describe
 from .native import library
+from .settings import ImageConfig
 from .sources import Source
+from .views import evaluation_view, training_view
 
 # Mean and standard deviation of ImageNet's pixels, of [0, 255].
 MEAN = (123.675, 116.28, 103.53)
@@ -174,6 +180,26 @@ class Views(Dataset):
         if self.source.labels[index] < 0:
             raise ValueError("it has no label, or one that names no class")
         return self.render(read(), self.view, seed, out)
+
+
+def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageConfig, config, sources) -> list[Views]:
+    """Return this process's share of the training and of the held-out images, as the network sees them.
+
+    sources: the two. config: a recipe's own, with global_batch_size and gradient_accumulation_steps. Raises UserError
+    where the batch does not divide.
+    """
+    (train, held_out), seed, share = sources, run_config.seed, data_parallel(accelerator)
+    batch = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    orders = (
+        TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, train.blocks),
+        EvaluationOrder(len(held_out), batch, *share),
+    )
+    views = (
+        partial(training_view, min_crop_area=images.min_crop_area, horizontal_flip=images.horizontal_flip),
+        partial(evaluation_view, eval_crop_ratio=images.eval_crop_ratio),
+    )
+    parts = zip(sources, views, orders, strict=True)
+    return [Views(*part, images.image_size, seed, images.max_undecodable) for part in parts]
 
 
 class _Slots:
@@ -454,6 +480,11 @@ class Loader:
             return {}
         step = order.step + number // (order.share // order.micro_batch_size)
         return {"step_weight": order.step_weight(step), "parts": order.parts}
+
+    def sample(self) -> Tensor:
+        """Return a black image, as the network takes a batch."""
+        size = self.dataset.image_size
+        return torch.zeros(1, 3, size, size, device=self.device)
 
     def describe(self) -> Description:
         return describe(self.dataset, self.decoder)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
@@ -22,6 +23,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.vit.modeling_vit import ViTLayer
 
+from ..config import Range
 from ..draws import hash64
 from ..errors import UserError, say
 from ..launch import rank
@@ -40,6 +42,7 @@ SIZES = {
     "G": (1664, 48, 16, 8192),
 }
 INITIAL_STD = 0.02
+Rate = Annotated[float, Range(0, 0.99)]  # of DropPath
 PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -135,7 +138,7 @@ def uniform(bits: Tensor) -> Tensor:
     return (bits >> 40 & (1 << 24) - 1) * 2.0**-24
 
 
-def network_sizes(config) -> tuple[int, int, int]:
+def network_sizes(images, config) -> tuple[int, int, int]:
     """Blocks, heads and MLP width of what a recipe's `--model` or `--pretrained` asks for.
 
     Needs no process group: raises UserError for a pretrained network that is not there or is no ViT, and where the
@@ -143,10 +146,10 @@ def network_sizes(config) -> tuple[int, int, int]:
     """
     check_transformers()
     if not config.pretrained:
-        _check_patches(config.image_size, config.patch_size)
+        _check_patches(images.image_size, config.patch_size)
         return SIZES[config.model][1:]
     network = _read_config(find_pretrained(config.pretrained))
-    _check_patches(config.image_size, network.patch_size)
+    _check_patches(images.image_size, network.patch_size)
     return network.num_hidden_layers, network.num_attention_heads, network.intermediate_size
 
 
@@ -169,13 +172,14 @@ def vit_config(name: str, image_size: int, patch_size: int, num_classes: int, dr
 
 
 def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
-    """Fill parameters in place, on any device and in any sharding: each is drawn whole from (seed, its name).
+    """Fill parameters in place, on any device and in any sharding: each is drawn whole from (seed, its name). On the
+    meta device there is nothing to fill.
 
     Matrices, filters and embeddings: normal with standard deviation 0.02, cut at two of them; norms 1, biases 0. Takes
     the memory of the largest parameter once more. `prefix` limits it to names that begin so.
     """
     for name, parameter in model.named_parameters():
-        if name.startswith(prefix):
+        if name.startswith(prefix) and not parameter.is_meta:
             copy_(parameter.data, initial_value(name, parameter.shape, seed))
 
 
@@ -230,9 +234,12 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
     """The network of a folder that transformers saved, for images of this size.
 
     The position embeddings are interpolated where its images had another size; the head starts anew, from the seed,
-    where it had another number of classes.
+    where it had another number of classes. Under `torch.device("meta")` it has no weights.
     """
     config = _read_config(folder)
+    if torch.get_default_device().type == "meta":
+        config.num_labels, config.image_size, config.drop_path = num_classes, image_size, drop_path
+        return VisionTransformer(config)
     if (rates := dropout(ViTConfig.from_pretrained(folder))) and rank() == 0:
         given = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         say(f"--pretrained {folder} has {given}: trained here without; see --drop_path", sys.stderr)

@@ -4,7 +4,6 @@
 import ast
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -24,22 +23,16 @@ from ..contracts import Description
 from ..errors import UserError
 from ..launch import mixed_precision, program, strategy
 
-IDENTITY = ("data", "val_fraction", "shuffle_block", "seed")
-COLUMNS = ("image_column", "label_column")  # they decide where they are given, alone
 
-
-def identity(recipe: str, precision: str, run_config: RunConfig, config) -> dict:
+def identity(recipe: str, precision: str, run_config: RunConfig, data_config, config) -> dict:
     """Return everything that decides the loss curve, the topology left out: a resume must find it unchanged."""
-    data = run_config.data if run_config.data == "digits" else str(Path(run_config.data).resolve())
-    chosen = {name: getattr(run_config, name) for name in IDENTITY} | {"data": data}
-    chosen |= {name: getattr(run_config, name) for name in COLUMNS if getattr(run_config, name)}
-    values = {"recipe": recipe, "mixed_precision": precision} | chosen | dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in SIZES}
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name not in SIZES}
+    return {"recipe": recipe, "mixed_precision": precision} | run_config.identity() | data_config.identity() | own
 
 
-def of_run(run_config: RunConfig, config, train: Description, held_out: Description) -> tuple[dict, Path]:
+def of_run(run_config: RunConfig, data_config, config, train: Description, held_out: Description) -> tuple[dict, Path]:
     """Return a run's identity, and its folder, which --output_dir names or the configuration's hash."""
-    values = identity(program()[0].stem, mixed_precision(), run_config, config)
+    values = identity(program()[0].stem, mixed_precision(), run_config, data_config, config)
     folder = Path(run_config.output_dir or f"runs/{values['recipe']}-{identity_hash(values)}")
     return values | identity_of_data(train, held_out) | identity_of_program(), folder
 
@@ -147,7 +140,6 @@ def git_commit() -> str | None:
     return None
 
 
-@functools.cache
 def recipe_source() -> dict[str, str]:
     """Name -> hash of each function, class and constant of the recipe, with where it imports from what it uses.
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..config import RunConfig
 from ..errors import UserError
 from ..files import write_json
-from ..launch import mixed_precision, strategy
+from ..launch import mixed_precision
 from .folder import Folder
 
 
@@ -102,11 +102,11 @@ def whole(norm: Tensor | float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
 
 
-def refuse_pairs(run_config: RunConfig, config) -> None:
+def refuse_pairs(run_config: RunConfig, config, strategy: str) -> None:
     """Raise UserError for settings that do not go together."""
     if run_config.on_nonfinite == "skip" and getattr(config, "norm", "") == "batch":
         raise UserError("batch norm's statistics would keep a nan. Give --norm group beside --on_nonfinite skip.")
-    if not strategy().startswith("zero"):
+    if not strategy.startswith("zero"):
         return
     if run_config.async_checkpoint:
         raise UserError("DeepSpeed writes its state itself. Leave --async_checkpoint out under ZeRO.")

@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoints, load_checkpoint
 from ..collectives import all_reduce_sum, data_parallel, on_main_process
 from ..config import RunConfig
 from ..contracts import Batch, Loader
+from ..launch import strategy
 from ..lifetime import Interruption
 from ..metrics import ACCURACY, Metric
 from . import identity, profile
@@ -40,6 +41,7 @@ class Run(Position):
         self,
         accelerator: Accelerator,
         run_config: RunConfig,
+        data_config,
         config,
         train_loader: Loader,
         eval_loader: Loader,
@@ -47,10 +49,10 @@ class Run(Position):
     ):
         super().__init__(run_config, train_loader.order.steps_per_epoch, config.epochs)
         trackers = known_trackers(run_config.report_to)
-        refuse_pairs(run_config, config)
+        refuse_pairs(run_config, config, strategy())
         self.accelerator, self.traced = accelerator, run_config.profile
         data = on_main_process(accelerator, lambda: (train_loader.describe(), eval_loader.describe()))
-        values, self.folder = identity.of_run(run_config, config, *data)
+        values, self.folder = identity.of_run(run_config, data_config, config, *data)
         self.files = Folder(self.folder)
         claim = on_main_process(accelerator, self.files.claim, run_config, values)
         self.checkpoint, self.finished = claim.checkpoint, claim.finished(self.last_step)
@@ -62,7 +64,7 @@ class Run(Position):
         if self.finished:
             return
         self.log.say("\n".join(self.summary.opening_lines(*data, config)))
-        on_main_process(accelerator, self.summary.begin, run_config, config, values, data[0].record)
+        on_main_process(accelerator, self.summary.begin, (run_config, data_config, config), values, data[0].record)
         kept = run_config.keep_checkpoints, run_config.async_checkpoint
         checkpoints = Checkpoints(self.files.checkpoints, accelerator, values, *kept)
         self.saves = Saves(checkpoints, self.files, self.log, identity.origin(accelerator, config, claim.begun_from))

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 
 from ..collectives import data_parallel
-from ..config import RunConfig
 from ..contracts import Description
 from ..errors import say
 from ..files import read_json, write_json
@@ -51,11 +50,12 @@ class Summary:
             f"{config.epochs} epochs x {self.position.epoch_steps} steps = {self.position.total_steps} steps",
         ]
 
-    def begin(self, run_config: RunConfig, config, identity: dict, record: dict) -> None:
+    def begin(self, configs: tuple, identity: dict, record: dict) -> None:
         """Rank 0: write what the folder says of this start, before its first step. record: a loader's."""
         if line := self.lines.loader.compare(read_json(self.files.path / "config.json")):
             say(line, sys.stderr)
-        values = {"identity": identity, "config": vars(config), "run_config": vars(run_config)}
+        names = ("run_config", "data_config", "config")
+        values = {"identity": identity} | {name: vars(one) for name, one in zip(names, configs, strict=True)}
         values |= _environment(self.accelerator) | {"steps_per_epoch": self.position.epoch_steps} | record
         with self.files.writing():
             write_json(self.files.path / "config.json", values)

@@ -23,6 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from shared.checkpoint import checkpoints, read_manifest
 from shared.config import RunConfig
+from shared.images import ImageConfig
 from shared.images.loader import STD
 
 STEPS = 12
@@ -127,8 +128,9 @@ def test_dali_decodes_on_the_gpu_what_the_base_shows(photographs, image_size, bo
     for recipe in ("resnet", "resnet_dali"):
         module = importlib.import_module(recipe)
         accelerator = SimpleNamespace(device=torch.device("cuda"), mesh=None, is_main_process=True)
-        config = module.Config(image_size=image_size, global_batch_size=16, horizontal_flip=True)
-        loaders = module.build_loaders(accelerator, RunConfig(data=str(photographs), num_workers=0), config)
+        images = ImageConfig(data=str(photographs), image_size=image_size, horizontal_flip=True)
+        config = module.Config(global_batch_size=16)
+        loaders = module.build_loaders(accelerator, RunConfig(num_workers=0), images, config)
         batches[recipe] = [batch for loader in loaders for batch in loader]
     for ours, theirs in zip(batches["resnet_dali"], batches["resnet"], strict=True):
         assert ours.images.device.type == "cuda"
