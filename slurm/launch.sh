@@ -40,13 +40,19 @@ main() {
 load_environment() {
     # shellcheck source=environment.sh
     source "$ROOT/slurm/environment.sh"
-    if ! use_active_environment && [[ ${RECIPES_MODULES-set} ]] && command -v module >/dev/null; then
+    local names=${RECIPES_MODULES-$(fact modules)}
+    if ! use_active_environment && [[ $names ]] && command -v module >/dev/null; then
         module purge
         # shellcheck disable=SC2086  # several names
-        module load ${RECIPES_MODULES:-$MODULES}
+        module load $names
     fi
     # shellcheck disable=SC1090  # the user's
     if [[ ${RECIPES_SETUP:-} ]]; then source "$RECIPES_SETUP" || fail "RECIPES_SETUP failed: $RECIPES_SETUP."; fi
+}
+
+# A text in the machine's entry of the table, read before there is a python.
+fact() {
+    sed -n "/^\[$MACHINE\]/,/^\[/s/^$1 *= *[\"']\([^\"']*\).*/\1/p" "$ROOT/slurm/machines.toml"
 }
 
 fail() {
@@ -61,7 +67,8 @@ read_words() {
     for word in "${@:3}"; do
         if [[ $word == @* ]]; then add_line "${word#@}"; else flags+=("$word"); fi
     done
-    config=$ROOT/accelerate_configs/${MACHINE}_$strategy.yaml
+    config=$(fact topologies)
+    config=$ROOT/accelerate_configs/${config:-$MACHINE}_$strategy.yaml
     [[ -f $config ]] || fail "no strategy $strategy for $MACHINE: no file $config."
     [[ -f $recipe ]] || fail "no recipe $recipe in $PWD. Submit from its folder's parent, or give its whole path."
 }

@@ -43,56 +43,14 @@ from types import ModuleType
 from typing import NamedTuple
 
 import yaml
+from machines import Machine, read_machines
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
-
-
-class Machine(NamedTuple):
-    """GPUs of a node, the precisions that they have, GB of a GPU, GB of a node's own that jobs may use, hours of the
-    longest job, what follows the @ of an account, the sbatch option that selects the nodes, and how the names of its
-    QoS begin."""
-
-    gpus: int
-    precisions: tuple[str, ...]
-    memory: int
-    host: int
-    hours: int
-    account: str
-    select: tuple[str, str]
-    qos: str
-
-
-# IDRIS's documentation of Jean Zay, but for a node's memory: only v100x8's was looked up (gpu_p2l has 720), so that it
-# refuses nothing. v100 has GPUs of 32 GB too: -C v100-32g.
-MACHINES = {
-    "v100": Machine(4, ("no", "fp16"), 16, 160, 100, "v100", ("", ""), "qos_gpu-"),
-    "v100x8": Machine(8, ("no", "fp16"), 32, 360, 100, "v100", ("partition", "gpu_p2"), "qos_gpu-"),
-    "a100": Machine(8, ("no", "fp16", "bf16"), 80, 468, 20, "a100", ("constraint", "a100"), "qos_gpu_a100-"),
-    "h100": Machine(4, ("no", "fp16", "bf16", "fp8"), 80, 468, 100, "h100", ("constraint", "h100"), "qos_gpu_h100-"),
-}
-# Hours and GPUs of a job. From users' repositories, where they stand for V100 and are taken for the others; a100 has
-# no t4.
-QOS = {"dev": (2, 32), "t3": (20, 512), "t4": (100, 16)}
-DEFAULT_QOS = "t3"
-# What selects nodes, and of which machines.
-SELECTS = {
-    "a100": ("a100",),
-    "h100": ("h100",),
-    "v100-16g": ("v100",),
-    "v100-32g": ("v100", "v100x8"),
-    "gpu_p13": ("v100",),
-    **dict.fromkeys(("gpu_p2", "gpu_p2s", "gpu_p2l"), ("v100x8",)),
-    "gpu_p5": ("a100",),
-    "gpu_p6": ("h100",),
-}
-DEFAULT_SECONDS = 600  # of a job without --time
 FULL = 0.95  # of a quota
 ROOM = {"disk": 10 * 10**9, "inodes": 10_000}  # bytes and files that a run may need; more is never too little
-# GB/s of an all-reduce on the bus (nccl-tests' busbw): inside a node NVLink's peak, across nodes what users saw.
-BANDWIDTH = {"v100": (150, 6), "v100x8": (150, 6), "a100": (300, 5), "h100": (450, None)}
 
 # sbatch option: its short form, and the variables that stand for it, those of a job last.
 OPTIONS = {
@@ -166,17 +124,18 @@ OTHERS = (
     "contiguous hold,-H ignore-pbs no-requeue overcommit,-O oversubscribe,-s parsable quiet,-Q reboot requeue "
     "spread-job stepmgr test-only use-min-nodes verbose,-v wait,-W",
 )
-# Keys that a YAML must not hold, and why.
-MISPLACED = dict.fromkeys(
-    ("rdzv_backend", "same_network", "enable_cpu_affinity", "max_restarts"), "accelerate ignores it there"
-)
-MISPLACED |= dict.fromkeys(
-    ("num_machines", "num_processes", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids"),
-    "Slurm and slurm/launch.sh say it",
-)
-MISPLACED |= {
-    "gradient_accumulation_steps": "the recipe's --gradient_accumulation_steps says it",
-    "gradient_clipping": "the recipe's --max_grad_norm says it",
+# Keys that a machine's YAML must not hold, and why.
+MISPLACED = {
+    key: reason
+    for keys, reason in {
+        "rdzv_backend same_network enable_cpu_affinity max_restarts use_cpu": "accelerate ignores it there",
+        "num_machines num_processes machine_rank": "Slurm and slurm/launch.sh say it",
+        "main_process_ip main_process_port gpu_ids": "Slurm and slurm/launch.sh say it",
+        "gradient_accumulation_steps": "the recipe's --gradient_accumulation_steps says it",
+        "gradient_clipping": "the recipe's --max_grad_norm says it",
+        "train_batch_size train_micro_batch_size_per_gpu": "the recipe's --global_batch_size says it",
+    }.items()
+    for key in keys.split()
 }
 
 
@@ -195,6 +154,7 @@ class Plan:
     """A job, as its command line, environment, headers and YAML say."""
 
     machine: str
+    facts: Machine
     strategy: str
     memory: bool
     in_job: bool  # of slurm/launch.sh: Slurm's variables are those of this job
@@ -205,18 +165,14 @@ class Plan:
     nodes: int = 1
     gpus: tuple[int, str] = (0, "")  # of a node; origin
     precision: tuple[str, str] = ("", "")
-    seconds: float = DEFAULT_SECONDS
+    seconds: float = 0
     module: ModuleType | None = None
     tasks: list[Task] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # printed below a sound job
 
     @property
-    def facts(self) -> Machine:
-        return MACHINES[self.machine]
-
-    @property
     def yaml(self) -> str:
-        return f"accelerate_configs/{self.machine}_{self.strategy}.yaml"
+        return f"accelerate_configs/{self.facts.topologies or self.machine}_{self.strategy}.yaml"
 
     @property
     def world_size(self) -> int:
@@ -233,7 +189,8 @@ class Plan:
     @property
     def gigabytes(self) -> int:
         """Of a GPU."""
-        return 32 if "32g" in self.option("constraint") else self.facts.memory
+        known = self.facts.gpu_memory_by_constraint
+        return next((known[word] for word in self.words_of("constraint") if word in known), self.facts.gpu_memory)
 
     @property
     def takes(self) -> list[str]:
@@ -252,6 +209,10 @@ class Plan:
 
     def option(self, name: str) -> str:
         return self.options.get(name, ("", ""))[0]
+
+    def words_of(self, name: str) -> list[str]:
+        """Features or partitions in an option, as in `a100&long`."""
+        return re.split(r"[,&|]", self.option(name))
 
     def sizes(self, task: Task) -> tuple[int, int, int]:
         """(tensor, pipeline, data) parallel sizes; the last is 0 where they do not divide the processes."""
@@ -300,25 +261,42 @@ def read_command(words: list[str]) -> tuple[Plan | None, list[str]]:
     if end < 2 or not words[end + 1 :]:
         return None, ["machine, strategy and recipe are needed. Give MACHINE STRATEGY [options] -- RECIPE [flags]."]
     machine, strategy, *front = words[:end]
-    if machine not in MACHINES:
-        known = ", ".join(MACHINES)
-        return None, [f"no machine {machine}. The nearest is {nearest(machine, MACHINES)}; there are {known}."]
-    found = sorted(path.stem.split("_", 1)[1] for path in ROOT.glob(f"accelerate_configs/{machine}_*.yaml"))
-    if strategy not in found:
-        close = f"The nearest is {nearest(strategy, found)}; there are {', '.join(found)}."
-        return None, [f"{machine} has no strategy {strategy}. {close}"]
     try:
-        settings = yaml.safe_load((ROOT / f"accelerate_configs/{machine}_{strategy}.yaml").read_text())
-    except yaml.YAMLError as error:
-        return None, [f"accelerate_configs/{machine}_{strategy}.yaml cannot be read: {error}."]
+        facts = read_machine(machine)
+        settings = read_topology(facts.topologies or machine, machine, strategy)
+    except ValueError as error:
+        return None, [str(error)]
     own = {"--memory": False, "--in_job": False} | {word: True for word in front if word in ("--memory", "--in_job")}
     try:
         options, others = resolve(machine, [word for word in front if word not in own], own["--in_job"])
     except argparse.ArgumentError as error:
         return None, [f"sbatch's {error}. Give it, or leave the option out."]
     recipe, *flags = words[end + 1 :]
-    plan = Plan(machine, strategy, *own.values(), Path(recipe), flags, options, settings)
+    plan = Plan(machine, facts, strategy, *own.values(), Path(recipe), flags, options, settings)
     return plan, [*unknown_options(others), *read_values(plan)]
+
+
+def read_machine(name: str) -> Machine:
+    known = read_machines(ROOT)
+    if name not in known:
+        raise ValueError(f"no machine {name}. The nearest is {nearest(name, known)}; there are {', '.join(known)}.")
+    if not (ROOT / f"slurm/{name}.slurm").is_file():
+        raise ValueError(f"{name} has no slurm/{name}.slurm. Write one as docs/other_clusters.md shows.")
+    return known[name]
+
+
+def read_topology(prefix: str, machine: str, strategy: str) -> dict:
+    """Return what accelerate_configs/{prefix}_{strategy}.yaml holds."""
+    found = sorted(path.stem.split("_", 1)[1] for path in ROOT.glob(f"accelerate_configs/{prefix}_*.yaml"))
+    if not found:
+        raise ValueError(f"no accelerate_configs/{prefix}_STRATEGY.yaml. Copy one, or see docs/other_clusters.md.")
+    if strategy not in found:
+        close = f"The nearest is {nearest(strategy, found)}; there are {', '.join(found)}."
+        raise ValueError(f"{machine} has no strategy {strategy}. {close}")
+    try:
+        return yaml.safe_load((ROOT / f"accelerate_configs/{prefix}_{strategy}.yaml").read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"accelerate_configs/{prefix}_{strategy}.yaml cannot be read: {error}.") from error
 
 
 def parse_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -402,7 +380,8 @@ def read_values(plan: Plan) -> Iterator[str]:
     elif plan.in_job:
         plan.seconds = float("inf")
     else:
-        plan.notes.append("warning: without --time the machine ends a job after 10 minutes. Give --time=HH:MM:SS.")
+        plan.seconds, end = 60 * plan.facts.default_minutes, f"after {plan.facts.default_minutes} minutes"
+        plan.notes.append(f"warning: without --time the machine ends a job {end}. Give --time=HH:MM:SS.")
 
 
 # What the machine asks for
@@ -442,66 +421,68 @@ def places(plan: Plan) -> Iterator[str]:
 
 def cores(plan: Plan) -> Iterator[str]:
     """Refuse more cores than a node has, and name a share that is too small for the launcher's processes."""
-    value, most = plan.option("cpus-per-task"), int(headers(plan.machine).get("cpus-per-task", 0))
-    if not value or not most:
+    value, facts = plan.option("cpus-per-task"), plan.facts
+    most = facts.cores * facts.gpus
+    if not value:
         return
     if not value.isdigit() or not 0 < int(value) <= most:
         yield f"--cpus-per-task={value} does not fit into the {most} cores of a node. Give at most {most}."
-    elif int(value) < (share := most * min(plan.gpus[0], plan.facts.gpus) // plan.facts.gpus):
+    elif int(value) < (share := facts.cores * min(plan.gpus[0], facts.gpus)):
         of_all = f"is for all {plan.gpus[0]} processes of a node, whose share is {share} cores"
         plan.notes.append(f"warning: --cpus-per-task={value} {of_all}. Give --cpus-per-task={share}.")
 
 
 def accounts(plan: Plan) -> Iterator[str]:
     """Account, and the options that select the nodes; a job that runs has been let in."""
-    account, (name, value) = plan.option("account"), plan.facts.select
+    account, own = plan.option("account"), plan.facts.account
     if plan.in_job:
         return
-    if not account:
-        yield f"no account is given. Add -A PROJECT@{plan.facts.account}."
-    elif "@" in account and account.split("@")[1] != plan.facts.account:
-        yield f"the account {account} has no hours on {plan.machine}. Give the one that ends in @{plan.facts.account}."
-    given = {each: re.split(r"[,&|]", plan.option(each)) for each in ("constraint", "partition")}
-    fitting = {word for word, machines in SELECTS.items() if plan.machine in machines} | {value}
-    if name and not fitting & {*given[name]}:
-        yield f"--{name} {plan.option(name)} does not select {plan.machine}. Give {OPTIONS[name][0]} {value}."
-        del given[name]
-    for each, words in given.items():
+    if own and not account:
+        yield f"no account is given. Add -A PROJECT@{own}."
+    elif own and "@" in account and account.split("@")[1] != own:
+        yield f"the account {account} has no hours on {plan.machine}. Give the one that ends in @{own}."
+    for name in ("constraint", "partition"):
+        words, wanted = plan.words_of(name), plan.facts.select.get(name)
+        if wanted and not plan.facts.selectors & {*words}:
+            yield f"--{name} {plan.option(name)} does not select {plan.machine}. Give {OPTIONS[name][0]} {wanted}."
+            continue
         for word in words:
-            if plan.machine not in SELECTS.get(word, (plan.machine,)):
-                other = " or ".join(SELECTS[word])
-                yield f"--{each} {word} selects {other}, not {plan.machine}. Leave it out, or name that machine."
+            others = [other for other, facts in read_machines(ROOT).items() if word in facts.selectors]
+            if others and plan.machine not in others:
+                other = " or ".join(others)
+                yield f"--{name} {word} selects {other}, not {plan.machine}. Leave it out, or name that machine."
 
 
 def limits(plan: Plan) -> Iterator[str]:
     """Time and GPUs of the partition and the QoS."""
     facts, time, hours, gpus = plan.facts, plan.option("time"), plan.seconds / 3600, plan.world_size
     asked = [name for name in ("mem", "mem-per-cpu", "mem-per-gpu") if plan.option(name) not in ("", "0")]
-    names = {facts.qos + level: QOS[level] for level in QOS if (plan.machine, level) != ("a100", "t4")}
-    name = plan.option("qos") or facts.qos + DEFAULT_QOS
+    name = plan.option("qos") or facts.default_qos
     shown = name if plan.option("qos") else f"{name}, the default QoS"
     out_of_date = "or RECIPES_PREFLIGHT_SKIP=limits where this is out of date"
     if plan.in_job:
         return
-    if asked:
-        what = f"--{asked[0]}={plan.option(asked[0])}: Jean Zay gives a job memory with its cores"
+    if asked and facts.memory_option_refused:
+        what = f"--{asked[0]}={plan.option(asked[0])}: {facts.memory_option_refused}"
         yield f"{what}. Leave it out, and give --cpus-per-task, {out_of_date}."
-    if name not in names:
-        yield f"no QoS {name} of {plan.machine} is known. The nearest is {nearest(name, names)}, {out_of_date}."
+    if name and facts.qos and name not in facts.qos:
+        yield f"no QoS {name} of {plan.machine} is known. The nearest is {nearest(name, facts.qos)}, {out_of_date}."
         return
-    other = next((f"--qos={each}" for each, most in names.items() if most[0] >= hours and most[1] >= gpus), None)
+    roomy = (each for each, most in facts.qos.items() if most["hours"] >= hours and most["gpus"] >= gpus)
+    other = next((f"--qos={each}" for each in roomy), None)
+    most = facts.qos.get(name, {"hours": math.inf, "gpus": math.inf})
     if hours > facts.hours:
         yield f"--time {time} exceeds the {facts.hours} h of {plan.machine}. Give less: a job that is cut off goes on."
-    elif hours > names[name][0]:
+    elif hours > most["hours"]:
         remedy = other or "a shorter --time: a job that is cut off goes on"
-        yield f"--time {time} exceeds the {names[name][0]} h of {shown}. Give {remedy}, {out_of_date}."
-    if gpus > names[name][1]:
+        yield f"--time {time} exceeds the {most['hours']} h of {shown}. Give {remedy}, {out_of_date}."
+    if gpus > most["gpus"]:
         remedy = f"{other}, fewer --nodes" if other else "fewer --nodes"
-        yield f"{gpus} GPUs exceed the {names[name][1]} of {shown}. Give {remedy}, {out_of_date}."
+        yield f"{gpus} GPUs exceed the {most['gpus']} of {shown}. Give {remedy}, {out_of_date}."
 
 
 def caches(plan: Plan) -> Iterator[str]:
-    """In a home folder of 3 GB, where there is room elsewhere. slurm/launch.sh moves those that nobody placed."""
+    """In a small home folder, where there is room elsewhere. slurm/launch.sh moves those that nobody placed."""
     given, home = os.environ.get, Path.home()
     cache = Path(given("XDG_CACHE_HOME") or home / ".cache")
     places = {
@@ -510,16 +491,17 @@ def caches(plan: Plan) -> Iterator[str]:
         "TRITON_CACHE_DIR": given("TRITON_CACHE_DIR") or given("SCRATCH") or given("TRITON_HOME") or home / ".triton",
     }
     inside = [name for name, place in places.items() if Path(place).resolve().is_relative_to(home.resolve())]
+    small = f"in $HOME, which holds {plan.facts.home} GB"
     built = given("TORCH_EXTENSIONS_DIR")  # else slurm/launch.sh gives each kind of machine and environment its own
     first = {"HF_HOME": "WORK", "TORCH_HOME": "WORK", "TRITON_CACHE_DIR": "SCRATCH"}
     names = {"HF_HOME": "huggingface", "TORCH_HOME": "torch", "TRITON_CACHE_DIR": "triton"}  # as in slurm/launch.sh
-    elsewhere = [name for name in ("WORK", "SCRATCH") if given(name)]
+    elsewhere = [name for name in ("WORK", "SCRATCH") if given(name) and plan.facts.home]
     if built and elsewhere and Path(built).resolve().is_relative_to(home.resolve()):
-        yield "TORCH_EXTENSIONS_DIR lies in $HOME, which holds 3 GB. Unset it: slurm/launch.sh places it."
+        yield f"TORCH_EXTENSIONS_DIR lies {small}. Unset it: slurm/launch.sh places it."
     if inside and elsewhere:
         folders = {name: first[name] if first[name] in elsewhere else elsewhere[0] for name in inside}
         exports = " ".join(f"{name}=${folder}/.cache/{names[name]}" for name, folder in folders.items())
-        yield f"{', '.join(inside)} lie in $HOME, which holds 3 GB. Write into ~/.bashrc: export {exports}"
+        yield f"{', '.join(inside)} lie {small}. Write into ~/.bashrc: export {exports}"
 
 
 def versions(plan: Plan) -> Iterator[str]:
@@ -810,7 +792,7 @@ def memory(plan: Plan) -> Iterator[str]:
     room = (0.98 * plan.gigabytes - 1) * giga
     parts = totals(1, recompute)
     most, host = parts.pop("total"), parts.pop("host") * plan.gpus[0] / giga  # of what is offloaded
-    share = plan.gpus[0] / plan.facts.gpus * plan.facts.host * 10**9 / giga
+    share = plan.gpus[0] / plan.facts.gpus * plan.facts.memory * 10**9 / giga
     line = " + ".join(f"{value / giga:.1f} {name}" for name, value in parts.items())
     line = f"{line}: at most {most / giga:.1f} GiB at once of {room / giga:.1f}"
     plan.notes.append(f"Memory of a GPU, estimated: {line}.")
@@ -845,21 +827,19 @@ def all_reduce(plan: Plan, task: Task) -> Iterator[str]:
         cost = f"{2 * (size - 1) / size * sent / 1e9 / rate:.2g} s a step by all-reduce at {rate:.3g} GB/s"
         yield f"Gradients of {sent / 1e6:,.0f} MB: about {cost} on the bus ({source})."
     elif size > 1:
-        what = f"no bandwidth between nodes of {plan.machine} is known"
+        what = f"no bandwidth {'between nodes' if plan.nodes > 1 else 'inside a node'} of {plan.machine} is known"
         yield f"Gradients of {sent / 1e6:,.0f} MB: {what}. Run benchmarks/allreduce.py there."
 
 
 def bandwidth(plan: Plan) -> tuple[float | None, str]:
-    """GB/s on the bus, and whence: the newest measurement of such GPUs, inside a node or across, else a constant."""
+    """GB/s on the bus, and whence: the newest measurement of such GPUs, inside a node or across, else the table's."""
     across = plan.nodes > 1
-    name = plan.facts.account
-    for path in sorted(ROOT.glob(f"benchmarks/results/allreduce_{name}_*.json"), key=lambda path: path.stem[-10:])[
-        ::-1
-    ]:
+    results = ROOT.glob(f"benchmarks/results/allreduce_{plan.facts.gpu}_*.json")
+    for path in sorted(results, key=lambda path: path.stem[-10:], reverse=True):
         result = json.loads(path.read_text())
         if (result["processes"] > result["processes_per_node"]) == across:
             return result["rows"][-1]["bus, GB/s"]["median"], path.name
-    return BANDWIDTH[plan.machine][across], "reports of users" if across else "NVLink's peak"
+    return (plan.facts.network, "reports of users") if across else (plan.facts.nvlink, "NVLink's peak")
 
 
 def memory_of(plan: Plan, task: Task):
@@ -960,8 +940,9 @@ def report(plan: Plan, task: Task) -> list[str]:
         rows += settings(
             owner, [each.name for each in fields(owner) if f"--{each.name}" in given and each.name not in shown]
         )
-    rows.append(option("time", "unknown" if plan.in_job else "00:10:00"))
-    rows += [option("qos", f"{plan.facts.qos}{DEFAULT_QOS}"), option("account", "the job's")]
+    hours, minutes = divmod(plan.facts.default_minutes, 60)
+    rows.append(option("time", "unknown" if plan.in_job else f"{hours:02}:{minutes:02}:00"))
+    rows += [option("qos", plan.facts.default_qos or "none"), option("account", "the job's")]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows]
     if len(plan.tasks) > 1:
