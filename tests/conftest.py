@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,20 @@ sys.path.insert(0, str(ROOT))  # for `import shared`; the recipes themselves run
 # A dozen small steps: enough for losses to differ where something is wrong. They lie within the default warmup, of
 # three epochs: at full rate the tenth loss would already amplify rounding a thousandfold.
 SHORT = ["--epochs", "4", "--max_steps", "12", "--image_size", "16", "--logging_steps", "1", "--report_to", "none"]
+
+
+def blocks(document: Path, language: str = "bash") -> list[str]:
+    """The code of a document."""
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.S)
+
+
+def add_made_up_machine(folder: Path) -> None:
+    """Add docs/other_clusters.md's heron to a copy of the project, by the words of that page."""
+    page = ROOT / "docs/other_clusters.md"
+    (entry,), (header,) = blocks(page, "toml"), [block for block in blocks(page) if "heron.slurm" in block]
+    with (folder / "slurm/machines.toml").open("a") as table:
+        table.write(f"\n{entry}")
+    subprocess.run(["bash", "-euc", header], cwd=folder, check=True)
 
 
 @dataclass(frozen=True)

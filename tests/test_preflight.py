@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/preflight.py: what it resolves and whence, what it refuses in one line, and its estimates beside counts."""
 
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -15,15 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT, environment
+from conftest import ROOT, add_made_up_machine, environment
 
 sys.path.append(str(ROOT / "tools"))
 
 import memory_estimate
 import preflight
+from machines import Machine, read_machines
 
 from shared.models.vit import VisionTransformer, vit_config
 
+MACHINES = read_machines(ROOT)
 RECIPES = {path.stem: path for path in (ROOT / "recipes").glob("*.py")}
 JEAN_ZAY = (
     "SLURM_",
@@ -78,7 +81,7 @@ def command_line(words: list[str], cwd: Path = ROOT, **variables: str) -> subpro
 
 
 def sound(machine: str, strategy: str, recipe: str, *flags: str, nodes: int = 2) -> list[str]:
-    account = f"abc@{'v100' if machine == 'v100x8' else machine}"
+    account = f"abc@{MACHINES[machine].account}"
     data = [] if recipe == "allreduce_pi" or "--data" in flags else ["--data", "digits"]
     return [machine, strategy, "-A", account, "--nodes", str(nodes), "--", str(RECIPES[recipe]), *data, *flags]
 
@@ -210,12 +213,13 @@ def test_what_a_crash_costs(run, image_folder, flags, words):
 # Every shipped topology with every recipe
 
 
-@pytest.mark.parametrize("machine", preflight.MACHINES)
+@pytest.mark.parametrize("machine", MACHINES)
 def test_every_shipped_topology_passes_with_every_recipe_that_takes_it(run, machine):
     table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| [`")]
     takes = {re.search(r"`(\w+)\.py`", line)[1]: [cell.strip() for cell in line.split("|")[3:9]] for line in table}
     columns = ["ddp", "fsdp", "hsdp", "zero", "tp", "pp"]
-    strategies = [path.stem.split("_", 1)[1] for path in (ROOT / "accelerate_configs").glob(f"{machine}_*.yaml")]
+    prefix = MACHINES[machine].topologies or machine
+    strategies = [path.stem.split("_", 1)[1] for path in (ROOT / "accelerate_configs").glob(f"{prefix}_*.yaml")]
     assert len(strategies) >= 7
     for strategy, name in itertools.product(strategies, RECIPES):
         taken = takes[name][columns.index("zero" if "zero" in strategy else strategy)]
@@ -223,7 +227,7 @@ def test_every_shipped_topology_passes_with_every_recipe_that_takes_it(run, mach
             continue  # the recipe refuses alike on each machine
         flags = [] if name == "allreduce_pi" else ["--global_batch_size", "1024"]
         job = run(*sound(machine, strategy, name, *flags))
-        half = name in ("vit_tp", "vit_pp", "vit_tp_by_hand") and machine.startswith("v100")
+        half = name in ("vit_tp", "vit_pp", "vit_tp_by_hand") and "bf16" not in MACHINES[machine].precisions
         if taken == "yes" or taken.startswith("x "):
             fp16 = half and len(job.errors) == 1 and "fp16" in job.errors[0]
             assert (job.status == 0) is not half, (strategy, name, job.errors)
@@ -242,7 +246,7 @@ TP = "--nodes 2 -A abc@h100 -- recipes/vit_tp.py"
     ("command", "words"),
     [
         ("h100", "machine, strategy and recipe are needed"),
-        (f"h10 ddp {VIT}", "no machine h10. The nearest is h100; there are v100, v100x8, a100, h100."),
+        (f"h10 ddp {VIT}", "no machine h10. The nearest is h100; there are v100, v100x8, a100, h100"),
         (f"h100 fsp {VIT}", "h100 has no strategy fsp. The nearest is fsdp; there are ddp, fsdp,"),
         ("v100 tp -A abc@v100 -- recipes/vit_tp.py", "v100 has no strategy tp."),
         ("h100 ddp -A abc@h100 -- recipes/vti.py", "no recipe recipes/vti.py. Give its path; the nearest is"),
@@ -369,6 +373,7 @@ def collection(tmp_path, monkeypatch):
         ("h100", "ddp", {"same_network": True}, "same_network stands in"),
         ("h100", "ddp", {"enable_cpu_affinity": True}, "enable_cpu_affinity stands in"),
         ("h100", "ddp", {"max_restarts": 1}, "max_restarts stands in"),
+        ("h100", "ddp", {"use_cpu": True}, "use_cpu stands in"),
         ("h100", "ddp", {"num_machines": 2}, "num_machines stands in accelerate_configs/h100_ddp.yaml: Slurm and"),
         ("h100", "ddp", {"machine_rank": 0}, "machine_rank stands in"),
         ("h100", "ddp", {"main_process_ip": "x"}, "main_process_ip stands in"),
@@ -395,6 +400,100 @@ def test_topologies_that_do_not_do_what_they_say(run, collection, machine, strat
     (line,) = job.errors
     assert words in line
     assert job.status == 1
+
+
+# The table of machines
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_each_header_agrees_with_the_table(machine):
+    """It gives Slurm whole nodes that the table describes, and launch.sh the machine's name and nothing else."""
+    facts, given = MACHINES[machine], preflight.headers(machine)
+    assert given["gres"] == f"gpu:{facts.gpus}"
+    assert given["cpus-per-task"] == str(facts.gpus * facts.cores)
+    assert {name: given[name] for name in ("constraint", "partition") if name in given} == facts.select
+    text = (ROOT / f"slurm/{machine}.slurm").read_text()
+    for line in (
+        "--ntasks-per-node=1",
+        "--hint=nomultithread",
+        "--signal=B:USR1@600",
+        "--requeue",
+        "--open-mode=append",
+    ):
+        assert f"\n#SBATCH {line}\n" in text
+    code = [line for line in text.splitlines() if not line.startswith("#")]
+    assert f"MACHINE={machine}" in code
+    same = (ROOT / "slurm/h100.slurm").read_text().splitlines()
+    assert [line for line in code if line != f"MACHINE={machine}"] == [
+        line for line in same if not line.startswith(("#", "MACHINE="))
+    ]
+
+
+def test_the_pages_agree_with_the_table():
+    """Every key is explained, and Jean Zay's figures are the same."""
+    keys = re.findall(r"^\| `(\w+)`", (ROOT / "docs/other_clusters.md").read_text(), re.M)
+    assert keys == [each.name for each in dataclasses.fields(Machine)]
+    page = (ROOT / "docs/jean_zay.md").read_text()
+    rows = {
+        "GPUs, cores of a node": lambda each: f"{each.gpus}, {each.gpus * each.cores}",
+        "memory of a GPU": lambda each: (
+            " or ".join(map(str, [each.gpu_memory, *each.gpu_memory_by_constraint.values()])) + " GB"
+        ),
+        "account": lambda each: f"`PROJECT@{each.account}`",
+        "precision": lambda each: "bf16" if "bf16" in each.precisions else "fp16",
+        "longest job": lambda each: f"{each.hours} h",
+    }
+    machines = [MACHINES[name] for name in re.search(r"(?m)^\| \| (v100 .*) \|$", page)[1].split(" | ")]
+    for name, cell in rows.items():
+        assert f"\n| {' | '.join([name, *map(cell, machines)])} |\n" in page
+    for name, most in (item for each in machines for item in each.qos.items()):
+        assert re.search(rf"(?m)^\|.*`{name}`.*\| {most['hours']} h \| {most['gpus']}\b", page)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", ""),
+        ("--gres=gpu:4", "--gres=gpu:4 exceeds a node of heron. Give --gres=gpu:N, with N from 1 to 2."),
+        ("-c 64", "--cpus-per-task=64 does not fit into the 32 cores of a node."),
+        ("-t 3-0", "--time 3-0 exceeds the 48 h of heron."),
+        ("-q long", "no QoS long of heron is known. The nearest is "),
+        ("-p gpu_p6", "--partition gpu_p6 does not select heron. Give -p gpu."),
+        ("--mem=64G", ""),
+    ],
+)
+def test_a_made_up_machine_is_refused_what_it_lacks(run, collection, options, words):
+    add_made_up_machine(collection)
+    job = run("heron", "fsdp", *options.split(), "--", "recipes/vit.py")
+    assert [words in line for line in job.errors] == [True] * bool(words), job.errors
+    if not options:
+        assert job.rows["machine"] == ("heron, 2 GPUs of 24 GB a node", "command line")
+        assert job.rows["precision"] == ("bf16", "accelerate_configs/a100_fsdp.yaml")
+        assert job.rows["qos"] == ("normal", "default")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("gpus =", "gpuss ="), "[heron] of slurm/machines.toml: got an unexpected keyword argument 'gpuss'. docs/"),
+        (("gpus = 2", ""), "[heron] of slurm/machines.toml: missing 1 required positional argument: 'gpus'. docs/"),
+        (("gpus = 2", "gpus = "), "slurm/machines.toml: Invalid value (at line "),
+        (('"no", "fp16", "bf16"', '"no", "fp16"'), "heron has no bf16 in hardware. Set mixed_precision to fp16 in "),
+        (('topologies = "a100"', ""), "no accelerate_configs/heron_STRATEGY.yaml. Copy one, or see docs/other_clu"),
+    ],
+    ids=str,
+)
+def test_entries_that_cannot_be_used(run, collection, change, words):
+    add_made_up_machine(collection)
+    table = collection / "slurm/machines.toml"
+    before, entry = table.read_text().split("[heron]")
+    assert change[0] in entry
+    table.write_text(before + "[heron]" + entry.replace(*change, 1))
+    (line,) = run("heron", "ddp", "--", "recipes/vit.py").errors
+    assert words in line
+    (collection / "slurm/h100.slurm").unlink()
+    table.write_text(before)
+    assert "h100 has no slurm/h100.slurm. Write one as docs/other" in run(f"h100 ddp {VIT}").errors[0]
 
 
 # The place

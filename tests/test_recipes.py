@@ -30,16 +30,7 @@ TRAININGS = {path.name for path in RECIPES} - {"allreduce_pi.py"}
 TOPOLOGIES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
 
-# Keys that a YAML may hold and the launcher reads past: they must be flags (traps of accelerate 1.15).
-IGNORED_KEYS = {"rdzv_backend", "same_network", "enable_cpu_affinity", "max_restarts", "use_cpu"}
-# Keys whose home is the recipe's configuration.
-RECIPES_KEYS = {
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "train_micro_batch_size_per_gpu",
-    "train_batch_size",
-}
-
+MACHINES = tomllib.loads((ROOT / "slurm/machines.toml").read_text())
 
 # Consistency: a recipe's head says what differs from its base, and nothing else does
 
@@ -189,14 +180,17 @@ def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(server, t
 
 
 @pytest.mark.parametrize("path", TOPOLOGIES, ids=lambda path: path.name)
-def test_each_topology_loads_with_no_ignored_key(path):
+def test_each_topology_loads_with_no_key_of_another_home(path, monkeypatch):
+    """Where there is no Slurm, a YAML says how many processes there are."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    misplaced = importlib.import_module("preflight").MISPLACED
     text = path.read_text()
     keys = set()
     for name, value in yaml.safe_load(text).items():
         keys |= {name, *value} if isinstance(value, dict) else {name}
     ClusterConfig.from_yaml_file(str(path))  # refuses keys that Accelerate does not know
-    assert not keys & IGNORED_KEYS
-    assert not keys & RECIPES_KEYS
+    local = path.stem.startswith("local_")
+    assert not keys & {key for key, reason in misplaced.items() if not (local and "Slurm" in reason)}
     assert text.startswith("# When to use it:")
     assert len(text.splitlines()) < 25
 
@@ -212,11 +206,14 @@ def resolved(path: Path) -> dict:
 
 @pytest.mark.parametrize("path", [path for path in TOPOLOGIES if "local" not in path.stem], ids=lambda path: path.stem)
 def test_each_machines_topology_does_what_the_local_one_does(path):
-    """Whose strategies run on CPU processes in tests/test_strategies.py."""
+    """Whose strategies run on CPU processes in tests/test_strategies.py. In the 16 bits that the machine has, on the
+    processes of its nodes, as the table says."""
     machine, strategy = path.stem.split("_", 1)
+    facts = MACHINES[machine]
     assert resolved(path) == resolved(path.with_name(f"local_{strategy}.yaml"))
-    precision = yaml.safe_load(path.read_text())["mixed_precision"]
-    assert precision == ("fp16" if machine.startswith("v100") else "bf16")
+    precision = "bf16" if "bf16" in facts["precisions"] else "fp16"
+    assert yaml.safe_load(path.read_text())["mixed_precision"] == precision
+    assert f"\n# Nodes of {facts['gpus']} {facts['gpu'].upper()}, {precision}; slurm/launch.sh" in path.read_text()
 
 
 def test_local_cpu_hides_the_gpus_from_two_processes(server, tmp_path):

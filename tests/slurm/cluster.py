@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Slurm on this machine: its daemons, seven fake nodes, all in one private folder, on free ports."""
+"""A real Slurm on this machine: its daemons, eight fake nodes, all in one private folder, on free ports."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-# Name: GPUs, cores, features, partition. As on Jean Zay, but few.
+# Name: GPUs, cores, features, partition. As on Jean Zay, but few, and the one of docs/other_clusters.md.
 NODES = {f"r1i0n{number}": (4, 96, "h100", "gpu_p6") for number in range(4)}
 NODES |= {"r2i0n0": (8, 64, "a100", "gpu_p5"), "r3i0n0": (8, 24, "v100-32g", "gpu_p2")}
-NODES |= {"r4i0n0": (4, 40, "v100-16g", "gpu_p13")}
+NODES |= {"r4i0n0": (4, 40, "v100-16g", "gpu_p13"), "heron0": (2, 32, "a30", "gpu")}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 MOST_SECONDS = 300  # that a test waits for one event
 
@@ -58,6 +58,7 @@ PartitionName=gpu_p13 Nodes=r4i0n0 Default=YES MaxTime=100:00:00 OverTimeLimit=0
 PartitionName=gpu_p2 Nodes=r3i0n0 MaxTime=100:00:00
 PartitionName=gpu_p5 Nodes=r2i0n0 MaxTime=20:00:00
 PartitionName=gpu_p6 Nodes=r1i0n[0-3] MaxTime=100:00:00
+PartitionName=gpu Nodes=heron0 MaxTime=48:00:00
 """
 NODE = (
     "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cores} SocketsPerBoard=2 "
@@ -67,6 +68,9 @@ NODE = (
 # What IDRIS refuses: no project, or a project of other GPUs than those asked for. A constraint chooses the partition.
 JOB_SUBMIT = """
 function slurm_job_submit(job, partitions, uid)
+    if job.partition == "gpu" then
+        return slurm.SUCCESS
+    end
     local gpu = (job.account or ""):match("@(%w+)$")
     if not gpu then
         slurm.log_user("no project: give --account=PROJECT@v100, @a100 or @h100")
