@@ -114,10 +114,15 @@ def described(parts: tuple[Source, Source], image_size: int, steps: int | None =
     return lines
 
 
+class Large(Source):
+    def fingerprint(self) -> str:
+        return "not read"
+
+
 def large(count: int, width: int, height: int, classes: int) -> Source:
     """As many as ImageNet's, in the place of one."""
     pixels = Pixels(np.broadcast_to(np.zeros((), dtype=np.uint8), (count, height, width, 3)))
-    return Source(pixels, np.arange(count) % classes, [str(number) for number in range(classes)])
+    return Large(pixels, np.arange(count) % classes, [str(number) for number in range(classes)])
 
 
 def test_photographs_for_a_small_network_have_a_hint():

@@ -250,7 +250,7 @@ TP = "--nodes 2 -A abc@h100 -- recipes/vit_tp.py"
         (f"h100 fsp {VIT}", "h100 has no strategy fsp. The nearest is fsdp; there are ddp, fsdp,"),
         ("v100 tp -A abc@v100 -- recipes/vit_tp.py", "v100 has no strategy tp."),
         ("h100 ddp -A abc@h100 -- recipes/vti.py", "no recipe recipes/vti.py. Give its path; the nearest is"),
-        ("h100 ddp -A abc@h100 -- tools/smoke.py", "is no recipe: it has no Config or no parse"),
+        ("h100 ddp -A abc@h100 -- tools/smoke.py", "is no recipe: it has no CONFIGS or no parse"),
         ("h100 fsdp -A abc@h100 -- recipes/resnet.py", "resnet.py does not run under fsdp. Give ddp."),
         ("h100 tp -A abc@h100 -- recipes/vit.py", "vit.py does not run under tp. Give ddp or fsdp or"),
         ("h100 ddp --nodes 1-4 " + VIT, "--nodes 1-4 is not one number."),
@@ -776,7 +776,7 @@ def test_a_copied_recipe_is_read_with_its_own_parts(run, tmp_path):
     """Its `shared` under another name, a flag of its own, another default."""
     shutil.copytree(ROOT / "shared", tmp_path / "my project/parts")
     source = RECIPES["resnet"].read_text().replace("from shared", "from parts")
-    source = source.replace("epochs: int", "rounds: int = 5\n    epochs: int")
+    source = source.replace("epochs: Positive", "rounds: int = 5\n    epochs: Positive")
     (tmp_path / "my project/mine.py").write_text(source)
     config = tmp_path / "my project/parts/config.py"
     config.write_text(config.read_text().replace('default="epoch"', 'default="77"'))
