@@ -48,7 +48,6 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import resnet_dali
 import resnet_torchdata
 import resnet_webdataset
-from shared.images.streams import read_streams
 
 from shared.config import expand_home
 from shared.errors import UserError
@@ -179,7 +178,7 @@ def ours(args: argparse.Namespace, store: str, read: Callable = WorkerLoader, wi
     """A recipe's loader. without: libraries that are taken for not installed."""
     for library in without:  # `library` is crop_jpeg.c's
         setattr(decode, library, lambda: None)
-    if read is read_streams:
+    if read is resnet_webdataset.read_streams:
         shuffle = partial(resnet_webdataset.shuffle, buffer=256)
         read = partial(read, num_streams=max(1, args.num_workers), shuffle=shuffle, **STREAMS)
     views = training_views(args, store)
@@ -316,7 +315,7 @@ LOADERS: dict[str, tuple[Callable, str]] = {
     "shared_parquet": (partial(ours, store="parquet"), "datasets"),
     "shared_tar_simplejpeg": (partial(ours, store="tar", without=("library",)), "simplejpeg"),
     "shared_tar_pil": (partial(ours, store="tar", without=("library", "simplejpeg")), "torch"),
-    "shared_webdataset": (partial(ours, store="tar", read=read_streams), "webdataset"),
+    "shared_webdataset": (partial(ours, store="tar", read=resnet_webdataset.read_streams), "webdataset"),
     "shared_torchdata": (partial(ours, store="tar", read=resnet_torchdata.read_nodes), "torchdata"),
     "shared_dali": (partial(ours, store="tar", read=resnet_dali.Dali), "nvidia.dali"),
     "torchvision_reference": (torchvision_reference, "torchvision"),

@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a ResNet from loaders that know where they stand: torchdata's, their state in each checkpoint.
 
-Base: resnet.py. Changes: build_loaders, read_nodes, read_dataloader, set_position, train_one_epoch, main.
+Base: resnet.py. Changes: Epochs, read_nodes, read_dataloader, set_position, build_loaders, train_one_epoch, main.
 
     python recipes/resnet_torchdata.py                                        # a laptop
     L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
@@ -171,10 +171,8 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader:
         with accelerator.accumulate(model):
             logits = model(batch.images)
-            total = cross_entropy(
-                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
-            )
-            loss = total / batch.step_weight  # this process's share of the step's
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
+            loss = loss / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
             # Times 1, unless the loss is not finite: then no gradient is, on any process.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))

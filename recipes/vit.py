@@ -8,7 +8,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a Vision Transformer, whole on each GPU or sharded over them: the YAML alone decides, the losses stay alike.
 
-Base: resnet.py. Changes: build_loaders, build_model, build_optimizer, parallelize, train_one_epoch, main.
+Base: resnet.py. Changes: Images, build_loaders, build_model, build_optimizer, parallelize, train_one_epoch, check,
+main.
 
     python recipes/vit.py                                                     # a laptop
     L="accelerate launch --config_file accelerate_configs"
@@ -131,10 +132,8 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
-            total = cross_entropy(
-                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
-            )
-            loss = total / batch.step_weight  # this process's share of the step's
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
+            loss = loss / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
             # Times 1, unless the loss is not finite: then no gradient is, on any process.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))

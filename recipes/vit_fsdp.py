@@ -142,10 +142,8 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
-            total = cross_entropy(
-                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
-            )
-            loss = total / batch.step_weight  # this process's share of the step's
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
+            loss = loss / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
             # Times 1, unless the loss is not finite: then no gradient is, on any process.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))

@@ -291,7 +291,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                 return
 
 
-def evaluate(accelerator, model, stage, schedule, loader, run):
+def evaluate(accelerator, model, loader, run, stage, schedule):
     """Top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
@@ -336,7 +336,7 @@ def main(run_config, images, config):
             while not run.stopping:
                 train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, config, run, stage, schedule)
                 if run.evaluation_due:
-                    evaluate(accelerator, model, stage, schedule, eval_loader, run)
+                    evaluate(accelerator, model, eval_loader, run, stage, schedule)
                 run.save(model, optimizer, scheduler)
         run.say(stage_table(accelerator, stage, config.pipeline_schedule, config.pipeline_chunks))
     run.finish()

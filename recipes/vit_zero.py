@@ -9,7 +9,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a Vision Transformer by DeepSpeed's ZeRO: weights only in shards, offload, and one whole file at the end.
 
-Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, export, main.
+Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, train_one_epoch, export, main.
 
     L="accelerate launch --config_file accelerate_configs"
     $L/local_zero1.yaml recipes/vit_zero.py                                           # or zero2, zero3
@@ -155,10 +155,8 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
-            total = cross_entropy(
-                logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
-            )
-            loss = total / batch.step_weight  # this process's share of the step's
+            loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
+            loss = loss / batch.step_weight  # this process's share of the step's
             run.observe(batch, loss)
             if mixed_precision() != "fp16" and not all_finite(accelerator, loss):
                 run.stop()  # here: the engine's backward updates the weights too

@@ -344,7 +344,7 @@ def test_an_edited_recipe_is_no_longer_the_run_of_its_folder(server, tmp_path):
     start(source, "--max_steps", "1")
     formatted = source.replace("model.train()\n", "model.train()  # not eval\n\n").replace("Train a ResNet", "Fit one")
     assert "already finished" in start(formatted, "--max_steps", "1")
-    edited = source.replace("total = cross_entropy(", "total = 2 * cross_entropy(")
+    edited = source.replace("loss = cross_entropy(", "loss = 2 * cross_entropy(")
     for steps in ("1", "2"):
         error = start(edited, "--max_steps", steps).splitlines()[-1]
         assert (
