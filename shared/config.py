@@ -61,7 +61,7 @@ class RunConfig:
     resume_from_checkpoint: str = HfArg(default="auto", help="auto = newest in output_dir, never, or a checkpoint")
     resume_override: str = HfArg(default="", help="values, by name, that a resume may change: learning_rate,epochs")
     keep_checkpoints: Annotated[int, Range(2)] = HfArg(
-        default=2, help="newest checkpoints to keep; the most accurate one stays besides"
+        default=2, help="newest checkpoints to keep; the best one stays besides"
     )
     async_checkpoint: bool = HfArg(default=False, help="train on while a copy of the state is written")
     time_limit: NonNegative = HfArg(

@@ -10,10 +10,11 @@ folder lay past the checkpoint that a start resumed from, damaged or taken back:
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
-from shared.checkpoint.retention import ASIDE, checkpoints, damage, read_manifest
+from shared.checkpoint.retention import ASIDE, checkpoints, damage, read_manifest, score
 from shared.config import expand_home
 from shared.errors import UserError
 from shared.lifetime import begin
@@ -28,7 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
     folder = find(arguments.run_folder)
     reasons = {path: damage(path, contents=verify) for path in checkpoints(folder)}
     manifests = {path: manifest(path) for path in reasons}
-    best = most_accurate({path: manifests[path] for path, reason in reasons.items() if reason is None})
+    best = best_of({path: manifests[path] for path, reason in reasons.items() if reason is None})
     rows = [
         row(path, manifests[path], path == best, f"damaged: {reason}" if reason else "OK" if verify else "complete")
         for path, reason in reasons.items()
@@ -64,19 +65,20 @@ def manifest(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def most_accurate(manifests: dict[Path, dict]) -> Path | None:
+def best_of(manifests: dict[Path, dict]) -> Path | None:
     """The newest of equals, as for what a run keeps."""
-    measured = {path: values["accuracy"] for path, values in manifests.items() if values.get("accuracy") is not None}
-    return max(measured, key=lambda path: (measured[path], path), default=None)
+    scores = {path: score(values) for path, values in manifests.items() if score(values) > -math.inf}
+    return max(scores, key=lambda path: (scores[path], path), default=None)
 
 
 def row(path: Path, values: dict, best: bool, state: str) -> tuple[str, ...]:
-    accuracy = values.get("accuracy")
+    name = values.get("metric", "accuracy")
+    value, form = values.get(name), "{:.2%}" if name == "accuracy" else f"{name} {{:.4g}}"
     return (
         str(int(path.name.partition("-")[2])).rjust(8) if path.name.partition("-")[2].isdigit() else path.name,
         str(values.get("saved", "-")).removesuffix("+00:00").replace("T", " "),
         topology(values) if values else "-",
-        "-" if accuracy is None else f"{accuracy:.2%}{' best' if best else ''}",
+        "-" if value is None else f"{form.format(value)}{' best' if best else ''}",
         f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:.1f}",
         state,
     )

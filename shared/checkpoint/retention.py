@@ -4,6 +4,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -64,11 +65,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def score(manifest: dict) -> float:
+    """Return a checkpoint's value of its run's metric, so that more is better; -inf where it was not evaluated."""
+    value = manifest.get(manifest.get("metric", "accuracy"))
+    if value is None:
+        return -math.inf
+    return value if manifest.get("higher_is_better", True) else -value
+
+
 def superfluous(folder: Path, keep: int) -> list[Path]:
-    """Whole checkpoints but the newest `keep` and the one with the best accuracy, the newest of equals. What is
-    damaged neither counts nor goes."""
+    """Whole checkpoints but the newest `keep` and the best by the run's metric, the newest of equals. What is damaged
+    neither counts nor goes."""
     whole = [path for path in checkpoints(folder) if damage(path, contents=False) is None]
-    best = max(whole, key=lambda path: (read_manifest(path).get("accuracy") or -1, path), default=None)
+    best = max(whole, key=lambda path: (score(read_manifest(path)), path), default=None)
     return [path for path in whole[:-keep] if path != best]
 
 

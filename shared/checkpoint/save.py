@@ -34,7 +34,7 @@ class Checkpoints:
     method."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, identity: dict, keep: int, background: bool):
-        """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by accuracy stays besides."""
+        """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by the metric stays besides."""
         self.folder, self.accelerator, self.identity, self.keep = folder, accelerator, identity, keep
         self.background, self.buffers = background, {}
         self.thread: threading.Thread | None = None
