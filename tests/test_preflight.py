@@ -108,7 +108,6 @@ def test_the_resolved_job_and_its_origins():
         "GPUs a node": ("4", header),
         "world size": ("16 = 4 nodes x 4", "nodes, GPUs a node"),
         "precision": ("bf16", yaml_name),
-        "fsdp_transformer_layer_cls_to_wrap": ("DropPathLayer", yaml_name),
         "fsdp_reshard_after_forward": ("True", yaml_name),
         "data": ("digits", command),
         "model": ("demo", "vit.py"),

@@ -163,6 +163,29 @@ def test_fsdp2_in_fp16_takes_its_first_step_and_all_ranks_skip_the_same(server, 
     assert run.text.count("accelerate: unscale_() has already been called on this optimizer") == 2
 
 
+UNITS = """
+import vit as recipe
+from shared.config import parse
+from torch.distributed.fsdp import FSDPModule
+whole = recipe.parallelize
+def counted(*arguments):
+    model, optimizer = whole(*arguments)
+    blocks = [each for each in model.modules() if isinstance(each, FSDPModule) and "DropPathLayer" in str(type(each))]
+    print("units:", len(blocks), flush=True)
+    return model, optimizer
+recipe.parallelize = counted
+recipe.main(*parse(*recipe.CONFIGS))
+"""
+
+
+def test_fsdp_finds_the_blocks_though_no_yaml_names_them(server, tmp_path):
+    """All six; without units FSDP would gather the whole network at once, silently."""
+    (tmp_path / "units.py").write_text(UNITS)
+    flags = ["--max_steps", "1", "--num_workers", "0", "--report_to", "none"]
+    launch = {"recipe": tmp_path / "units.py", "num_processes": 2, "config_file": "local_fsdp.yaml"}
+    assert train(tmp_path / "run", *flags, server=server, **launch).text.count("units: 6\n") == 2
+
+
 @pytest.mark.parametrize("name", ["vit_tp", "vit_pp", "vit_tp_by_hand"])
 def test_what_shares_no_loss_scale_refuses_fp16(recipe, monkeypatch, name):
     module = recipe(name)

@@ -766,9 +766,10 @@ def wrapped(plan: Plan, task: Task) -> Iterator[str]:
     """The blocks that FSDP wraps, in the recipe's model."""
     settings = plan.section("fsdp")
     if settings.get("fsdp_auto_wrap_policy") == "TRANSFORMER_BASED_WRAP" and plan.kind in plan.takes:
-        there = {type(module).__name__ for module in network(plan, task).modules()}
-        key = "fsdp_transformer_layer_cls_to_wrap"
-        for name in str(settings.get(key, "nothing")).split(","):
+        model, key = network(plan, task), "fsdp_transformer_layer_cls_to_wrap"
+        there = {type(module).__name__ for module in model.modules()}
+        own = ",".join(getattr(model, "_no_split_modules", None) or ["nothing"])
+        for name in str(settings.get(key, own)).split(","):
             if name.strip() not in there:
                 what = f"no module of {plan.recipe.name}'s model is a {name.strip()}, {key} of {plan.yaml}"
                 yield f"{what}. The nearest is {nearest(name.strip(), there)}."

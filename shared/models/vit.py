@@ -105,6 +105,7 @@ class VisionTransformer(ViTForImageClassification):
     def __init__(self, config: ViTConfig):
         super().__init__(config)
         self.vit.layers = nn.ModuleList(DropPathLayer(config) for _ in range(config.num_hidden_layers))
+        self._no_split_modules = [DropPathLayer.__name__]  # FSDP's units, under every YAML
         assert not dropout(config), "drawn by each process, and not again when a block is recomputed"
 
     def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
