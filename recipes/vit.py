@@ -139,11 +139,11 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
-                if not run.skips(grad_norm):
+                if not run.skips(grad_norm):  # --on_nonfinite skip decides here, and waits for the device
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()
+            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

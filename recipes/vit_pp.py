@@ -277,11 +277,11 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
             if accelerator.sync_gradients:
                 add_up(accelerator, model)
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm or float("inf"))
-                if not run.skips(grad_norm):
+                if not run.skips(grad_norm):  # --on_nonfinite skip decides here, and waits for the device
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()
+            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
