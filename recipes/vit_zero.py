@@ -9,7 +9,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a Vision Transformer by DeepSpeed's ZeRO: weights only in shards, offload, and one whole file at the end.
 
-Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, train_one_epoch, export, main.
+Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, all_finite, train_one_epoch, export, main.
 
     L="accelerate launch --config_file accelerate_configs"
     $L/local_zero1.yaml recipes/vit_zero.py                                           # or zero2, zero3
@@ -37,7 +37,6 @@ from transformers.hf_argparser import HfArg
 
 from shared.accelerator import build_accelerator
 from shared.checkpoint.deepspeed import ZERO
-from shared.collectives import all_finite
 from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
 from shared.images import ImageConfig, Loader, build_views, open_data
 from shared.images.settings import Part
@@ -147,6 +146,14 @@ def parallelize(accelerator, model, optimizer, config):
         for block in model.vit.layers:
             block.compile()
     return accelerator.prepare(model, optimizer)
+
+
+def all_finite(accelerator, value):
+    """Whether the value is finite on every process; the answer is the same on all of them."""
+    infinite = (~value.isfinite()).any().float()
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(infinite)
+    return infinite.item() == 0
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):

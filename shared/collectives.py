@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from .errors import UserError
 
@@ -25,14 +24,6 @@ def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     torch.distributed.all_reduce(total, group=accelerator.mesh["dp"].get_group())
     return total.tolist()
-
-
-def all_finite(accelerator: Accelerator, value: Tensor) -> bool:
-    """Return whether the value is finite on every process; the answer is the same on all of them."""
-    infinite = (~value.isfinite()).any().float()
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(infinite)
-    return infinite.item() == 0
 
 
 def on_main_process(accelerator: Accelerator, function, *arguments):

@@ -4,7 +4,7 @@
 The order (order.py) decides which samples a step takes, the metric (metrics.py) what is better.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -25,11 +25,9 @@ class Description(NamedTuple):
 
 
 class Batch(Protocol):
-    """One micro-batch: the model's inputs, and what the run counts.
-
-    A step's loss is the sum of its samples' losses over `step_weight`. Each process gives `backward` its own sum over
-    step_weight, times `parts`: that undoes the means which accumulation and replicas take.
-    """
+    """One micro-batch: the model's inputs, and what the run counts. A step's loss is the sum of its samples' losses
+    over step_weight; `backward` takes this process's share times parts, which undoes the means of accumulation and
+    replicas."""
 
     indices: Tensor  # (B,) int64 on the host: which samples these are; -1 is none
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
@@ -41,21 +39,14 @@ class Batch(Protocol):
 
 
 class Loader(Protocol):
-    """Batches on the device, of this process's share of each step."""
+    """Batches of this process's share of each step, on the device. `starting_at(step)` lets it iterate from there."""
 
     order: TrainingOrder | EvaluationOrder
     rejects: str  # what a rejected sample is called in metrics.jsonl: undecodable
-
-    def starting_at(self, step: int) -> "Loader":
-        """Iterate next from this global step to the end of its epoch."""
+    noted: Callable[[], str]  # set by the run: the reason to stop, or an empty string, for waits between two batches
+    starting_at: Callable[[int], "Loader"]
+    describe: Callable[[], Description]  # rank 0 calls it once, before the first batch
+    compare: Callable[[dict], str]  # of a former config.json: a line on what differs, or an empty string
+    check_rejected: Callable[[int, int], None]  # raises UserError where so many of the samples are too many
 
     def __iter__(self) -> Iterator[Batch]: ...
-
-    def describe(self) -> Description:
-        """Rank 0 calls it once, before the first batch."""
-
-    def check_rejected(self, rejected: int, samples: int) -> None:
-        """Raise UserError where so many of the samples are too many."""
-
-    def on_wait(self, noted) -> None:
-        """Take a function that gives the reason to stop, or an empty string: for waits between two batches."""

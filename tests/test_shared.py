@@ -21,7 +21,7 @@ ROOMS = {
     "models": (500, {"core", "models"}),
 }
 # What the rebuild of the house has not brought under its budget yet: it may only shrink.
-OVER = {"core": 1460, "images": 2150}
+OVER = {"core": 1445, "images": 2150}
 FACADE = 150  # lines of class Run
 FILES = sorted(path for path in SHARED.rglob("*") if path.suffix in (".py", ".c"))
 MODULES = [path for path in FILES if path.suffix == ".py"]

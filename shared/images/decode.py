@@ -4,7 +4,7 @@
 JPEGs go through libjpeg-turbo, which decodes the rows and columns of the crop alone and stops below it: by crop_jpeg.c
 where it can be compiled, which also resizes; else simplejpeg decodes the whole image. All else goes through PIL, which
 reads JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library, from the same
-crop, at the same scale.
+crop, at the same scale. Only an image that is damaged below its crop is decoded by crop_jpeg.c and refused by others.
 
 Transparency is dropped, not blended: the colours below it are what the file holds. Of 16 bits a channel the upper 8
 are kept. Of an animation the first picture counts.
