@@ -12,10 +12,11 @@ import statistics
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from shared.run.identity import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy", "pillow", "simplejpeg")
@@ -30,8 +31,7 @@ def hardware() -> dict:
         "gpus": gpus,
         "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": {name: _version(name) for name in PACKAGES}
-        | {"python": platform.python_version(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+        "versions": versions(PACKAGES) | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
     }
 
 
@@ -107,9 +107,3 @@ def _processor() -> str:
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(PackageNotFoundError):
-        return version(package)
-    return None

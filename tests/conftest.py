@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,22 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
     kept = {"TORCH_EXTENSIONS_DIR": extensions.folder(), **kept}
     return {**kept, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", **more}
+
+
+def wait_for(condition: Callable[[], object], what: str = "", seconds: float = 120, every: float = 0.002):
+    """Return the condition's first true value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain. {what}"
+        time.sleep(every)
+    return value
+
+
+def flip(path: Path) -> None:
+    """Change a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def python(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, flip
 from torch import Tensor, nn
 
 from shared import checkpoint, files, lifetime
@@ -57,13 +57,6 @@ def saved(folder: Path, *steps: int, **manifest) -> Checkpoints:
     return kept
 
 
-def flip(path: Path) -> None:
-    (tensors,) = path.glob("tensors-*")
-    content = bytearray(tensors.read_bytes())
-    content[-5] ^= 1
-    tensors.write_bytes(content)
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -73,7 +66,7 @@ def names(folder: Path) -> list[str]:
 
 def test_what_is_damaged_is_put_aside_and_its_step_written_anew(tmp_path):
     kept = saved(tmp_path, 4, 8)
-    flip(tmp_path / "step-00000008")  # of equal size: only the checksum tells
+    flip(tmp_path / "step-00000008/tensors-00000.safetensors")  # of equal size: only the checksum tells
     found, (line,) = checkpoint_to_resume(tmp_path, "auto")
     assert found.name == "step-00000004"
     assert "step-00000008 is damaged" in line

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from shared.files import complete, make_once, partial_of, remove_partials
 from shared.images import open_data
@@ -46,13 +46,6 @@ def start(function, *arguments, log: Path) -> int:
         os._exit(status)
 
 
-def wait_for(path: Path) -> None:
-    until = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < until, f"no {path}"
-        time.sleep(0.005)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -69,7 +62,7 @@ def test_two_starts_of_packing_write_what_one_writes(modules, tmp_path):
     pack, _ = modules
     destination, logs = tmp_path / "packed", [tmp_path / f"log-{number}" for number in range(3)]
     first = start(pack.main, words(pack, destination), log=logs[0])
-    wait_for(destination / "train/.000001.npz")
+    wait_for((destination / "train/.000001.npz").exists)
     os.killpg(first, signal.SIGSTOP)
     before = contents(destination)
     others = [
@@ -96,7 +89,7 @@ def test_two_starts_of_packing_write_what_one_writes(modules, tmp_path):
 def test_packing_whose_first_process_alone_was_killed_leaves_the_lock(modules, tmp_path):
     pack, _ = modules
     pid = start(pack.main, words(pack, tmp_path / "packed"), log=tmp_path / "log")
-    wait_for(tmp_path / "packed/train/.000001.npz")
+    wait_for((tmp_path / "packed/train/.000001.npz").exists)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     pack.main(words(pack, tmp_path / "packed"))

@@ -9,11 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, Result, environment, launch_command, python, train
+from conftest import ROOT, Result, environment, launch_command, python, train, wait_for
 
 from shared.checkpoint import checkpoint_to_resume, checkpoints, damage
 from shared.errors import UserError
@@ -185,13 +184,6 @@ def test_the_folder_is_named_after_what_decides_the_training(server, tmp_path):
     assert "train_one_epoch" in identity.pop("source")
     assert name == f"runs/resnet-{identity_hash(identity)}"
     assert name != f"runs/resnet-{identity_hash(identity | {'seed': 1})}"
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 def alive(pid: int) -> bool:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result, environment, launch_command, train
+from conftest import ROOT, Result, environment, flip, launch_command, train
 from forked import Launch, Server
 from kills import (
     BEGINS,
@@ -285,12 +285,6 @@ def copied(whole, tmp_path) -> Path:
         name = f"checkpoints/step-{step:08d}"
         shutil.copytree(whole.folder / name, tmp_path / name)
     return tmp_path
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def same_until(folder: Path, step: int, whole: Result) -> bool:

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 from shared.checkpoint.retention import ASIDE, checkpoints, damage, read_manifest, score
-from shared.config import expand_home
+from shared.config import SIZES, expand_home
 from shared.errors import UserError
 from shared.lifetime import begin
 
 HEADER = ("step", "saved (UTC)", "strategy x processes", "accuracy", "MB", "state")
-SPLITS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
+SPLITS = dict(zip(("tp", "pp"), SIZES, strict=True))
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 import shared
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
-from shared.config import expand_home
+from shared.config import SIZES, expand_home
 from shared.errors import UserError
 from shared.files import complete, write_json
 from shared.lifetime import begin
@@ -41,7 +41,7 @@ from shared.lifetime import begin
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
 # What splits a run over processes.
-ALONE = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "sync_batch_norm": False, "compile": False}
+ALONE = dict.fromkeys(SIZES, 1) | {"sync_batch_norm": False, "compile": False}
 LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 

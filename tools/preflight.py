@@ -48,7 +48,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
 FULL = 0.95  # of a quota
 ROOM = {"disk": 10 * 10**9, "inodes": 10_000}  # bytes and files that a run may need; more is never too little
 
@@ -196,12 +195,17 @@ class Plan:
     def takes(self) -> list[str]:
         """Strategies of the recipe."""
         names = {each.name for each in fields(self.module.Config)}
-        in_code = [name for name, size in zip(("tp", "pp"), SIZES, strict=True) if size in names]
+        in_code = [name for name, size in zip(("tp", "pp"), self.splits, strict=True) if size in names]
         return [*getattr(self.module, "STRATEGIES", ("ddp",)), *in_code]
 
     def shared(self, name: str) -> ModuleType:
         """A module of the `shared` that the recipe imports: a copied recipe may have its own."""
         return importlib.import_module(f"{self.module.parse.__module__.rpartition('.')[0]}.{name}")
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        """Fields of the recipes that split a network in code: tensor, pipeline."""
+        return self.shared("config").SIZES
 
     def section(self, name: str) -> dict:
         """Of the YAML."""
@@ -216,7 +220,7 @@ class Plan:
 
     def sizes(self, task: Task) -> tuple[int, int, int]:
         """(tensor, pipeline, data) parallel sizes; the last is 0 where they do not divide the processes."""
-        tensor, pipeline = (getattr(task.config, name, 1) for name in SIZES)
+        tensor, pipeline = (getattr(task.config, name, 1) for name in self.splits)
         return tensor, pipeline, 0 if self.world_size % (tensor * pipeline) else self.world_size // tensor // pipeline
 
     def images(self, task: Task) -> int:
@@ -703,10 +707,10 @@ def variables(plan: Plan, task: Task) -> Iterator[str]:
 def cut(plan: Plan, task: Task) -> Iterator[str]:
     """The sizes of tensor and pipeline parallelism, and what the recipe itself says to them."""
     (tensor, pipeline, size), recipe = plan.sizes(task), plan.module
-    flags = " x ".join(f"--{name} {getattr(task.config, name)}" for name in SIZES if hasattr(task.config, name))
+    flags = " x ".join(f"--{name} {getattr(task.config, name)}" for name in plan.splits if hasattr(task.config, name))
     if tensor > plan.gpus[0] or plan.gpus[0] % tensor:
         gpus = plan.gpus[0]
-        yield f"--{SIZES[0]} {tensor} does not fit into a node of {gpus} GPUs. Give a divisor of {gpus}."
+        yield f"--{plan.splits[0]} {tensor} does not fit into a node of {gpus} GPUs. Give a divisor of {gpus}."
     elif not size:
         gpus = f"{plan.world_size} GPUs ({plan.nodes} nodes x {plan.gpus[0]})"
         yield f"{flags} does not divide the {gpus}. Change it or --nodes."
@@ -921,7 +925,7 @@ def report(plan: Plan, task: Task) -> list[str]:
         rows.append(("replicas", f"{plan.nodes}, each sharded over a node", "nodes"))
     sharding = plan.section("fsdp") | plan.section("deepspeed")
     rows += [(name, str(value), plan.yaml) for name, value in sharding.items()]
-    rows += settings(task.config, SIZES)
+    rows += settings(task.config, plan.splits)
     rows.append(("data-parallel size", str(size), "world size" + " / the sizes above" * (tensor * pipeline > 1)))
     if task.run_config:
         config, run = task.config, task.run_config
@@ -935,7 +939,7 @@ def report(plan: Plan, task: Task) -> list[str]:
             ("checkpoints", f"{every}each epoch", flags("checkpointing_steps")),
             ("output", str(output(plan, task)), flags("output_dir") if run.output_dir else "hash of all values"),
         ]
-    shown = {*(name for name, *_ in rows), *SIZES, "global_batch_size", "gradient_accumulation_steps"}
+    shown = {*(name for name, *_ in rows), *plan.splits, "global_batch_size", "gradient_accumulation_steps"}
     shown |= {"checkpointing_steps", "output_dir"}
     for owner in filter(None, (task.run_config, task.images, task.config)):  # what else was given
         rows += settings(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from shared.config import SIZES
 from shared.lifetime import begin, die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def command(recipe: Path, folder: str) -> list[str]:
     launch += ["--num_processes", str(processes), str(recipe.relative_to(ROOT))]
     if not is_training(recipe):
         return launch
-    sizes = [f"--{name}" for name in ("tensor_parallel_size", "pipeline_parallel_size") if f"    {name}: " in source]
+    sizes = [f"--{name}" for name in SIZES if f"    {name}: " in source]
     launch += [word for name in sizes for word in (name, str(processes))]
     return [*launch, "--max_steps", str(STEPS), "--logging_steps", "1", "--output_dir", f"{folder}/run"]
 

@@ -122,8 +122,9 @@ SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 # What config.json says of where a run was made
 
 
-def versions() -> dict[str, str | None]:
-    return {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
+    """Return Python's version and those of the packages, None for one that is not installed."""
+    return {"python": sys.version.split()[0]} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:
