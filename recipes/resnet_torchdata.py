@@ -208,6 +208,8 @@ def check(run_config, images, config, launch):
     """Refuse what cannot work, before the processes meet."""
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
+    if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels
+        raise UserError("bf16 gradients of such images are garbage on CPUs (oneDNN 3.13). Give --image_size 32.")
 
 
 def main(run_config, images, config):

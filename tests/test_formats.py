@@ -474,9 +474,10 @@ NEW = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from shared.errors import UserError, one_line
+from shared.errors import UserError
 from shared.images import Views, open_data
 from shared.images import loader as loaders
+from shared.lifetime import one_line
 from shared.order import TrainingOrder
 sys.excepthook = one_line
 loaders.ignore_signals = lambda: time.sleep(float(sys.argv[2]))  # in the worker, which has only begun

@@ -249,7 +249,7 @@ def test_each_yes_of_the_table_trains(server, image_folder, tmp_path, precision,
     path = ROOT / f"recipes/{recipe}.py"
     launch = {"num_processes": processes, "config_file": f"local_{topology}.yaml", "mixed_precision": precision}
     flags = ["--max_steps", "2", "--logging_steps", "1", "--num_workers", "0", *QUIET]
-    flags += ["--global_batch_size", "32", "--image_size", "16"]
+    flags += ["--global_batch_size", "32", "--image_size", "16" if precision == "no" else "32"]
     if recipe.startswith("vit"):
         flags += ["--data", str(image_folder)]
     result = train(tmp_path / "run", *flags, recipe=path, server=server, **launch)

@@ -80,7 +80,7 @@ def test_an_image_folder_and_the_other_options(server, runs, image_folder):
     """One launch: folder source, cosine, bf16, channels-last, accumulation, clipping, all trackers, the trace."""
     run = train(
         runs / "options",
-        *["--data", str(image_folder), "--image_size", "16", "--global_batch_size", "40", "--epochs", "2"],
+        *["--data", str(image_folder), "--image_size", "24", "--global_batch_size", "40", "--epochs", "2"],
         *["--schedule", "cosine", "--warmup_epochs", "1", "--channels_last", "--horizontal_flip"],
         *["--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--logging_steps", "1"],
         *["--report_to", "tensorboard,wandb,mlflow", "--profile"],
