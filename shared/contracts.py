@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a modality, images or text, gives to the loop, to `Run` and to the checkpoints: a loader of batches.
+"""Say what a modality, images or text, gives to the loop, to `Run` and to the checkpoints: a loader of batches.
 
 The order (order.py) decides which samples a step takes, the metric (metrics.py) what is better.
 """
@@ -13,7 +13,7 @@ from .order import EvaluationOrder, TrainingOrder
 
 
 class Description(NamedTuple):
-    """What a loader says of its part of the data, for the run's first lines, its identity and config.json."""
+    """A loader's words on its part of the data, for the run's first lines, its identity and config.json."""
 
     unit: str  # of what is counted: images, or sequences
     samples: int

@@ -21,7 +21,7 @@ PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 
 class Launch(NamedTuple):
-    """What a recipe may refuse of a launch, before its processes meet; the preflight makes one of a job's plan."""
+    """The facts of a launch that a recipe may refuse before its processes meet; the preflight makes one of a plan."""
 
     strategy: str  # ddp, fsdp, hsdp or zero1 to zero3
     precision: str  # no, fp16, bf16 or fp8
@@ -99,7 +99,7 @@ def _check_launch() -> None:
 
 
 def never_met(seconds: int) -> UserError:
-    """What to say where some processes of a launch did not come."""
+    """Return the error for processes of a launch that did not come."""
     given = [name for name in LAUNCH if name in os.environ]
     return left_over(f"{_values(given)}, but not all of these processes came within {seconds} s", *given)
 
@@ -137,12 +137,12 @@ def local_world_size() -> int:
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process."""
+    """Tell whether a launcher has started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun watches over the processes of this launch."""
+    """Tell whether torchrun watches over the processes of this launch."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 

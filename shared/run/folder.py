@@ -25,14 +25,14 @@ LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
 
 
 class Claim(NamedTuple):
-    """What a start found in the folder that it holds."""
+    """The findings of a start in the folder that it holds."""
 
     checkpoint: Path | None  # to resume from; None for a fresh start
     former: dict  # the former start's summary.json
     begun_from: str | None  # the path that --resume_from_checkpoint once gave
 
     def finished(self, last_step: int) -> bool:
-        """Whether a former start has come as far as this one would."""
+        """Return whether a former start has come as far as this one would."""
         return self.former.get("status") == "finished" and self.former["steps"] >= last_step
 
 
@@ -68,7 +68,7 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """At the start, when an error costs nothing."""
+        """Turn an OSError within it into a UserError: for the start, when that costs nothing."""
         try:
             yield
         except OSError as error:
@@ -86,7 +86,7 @@ class Folder:
 
 
 def wait_for_preflight() -> None:
-    """Of a job by plain sbatch, which slurm/launch.sh makes meanwhile; raises UserError where it refuses the job."""
+    """Wait for slurm/launch.sh, which makes it meanwhile for plain sbatch; raises UserError where it refuses."""
     folder = job_folder()
     while folder and (folder / "unchecked").exists():
         time.sleep(0.1)

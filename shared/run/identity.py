@@ -134,7 +134,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Of the recipe."""
+    """Return the commit of the recipe's repository, None where there is none."""
     command = ["git", "-C", str(Path(sys.argv[0]).resolve().parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
@@ -184,7 +184,7 @@ def _is_field(node: ast.stmt) -> bool:
 
 
 def _name(node: ast.stmt) -> str:
-    """Of what a statement of a module makes."""
+    """Return the name of what a statement of a module makes."""
     made = [getattr(node, "name", getattr(node, "target", None))]
     names = made if made[0] else getattr(node, "targets", [])
     return ", ".join(name if isinstance(name, str) else ast.unparse(name) for name in names) or "the code at the end"

@@ -17,7 +17,7 @@ from .tally import Tally
 
 
 class Lines:
-    """What was measured of a run, line by line. Refuses a share of rejected samples that is too large."""
+    """The measurements of a run, line by line. Refuses a share of rejected samples that is too large."""
 
     def __init__(self, accelerator: Accelerator, log: Log, loader: Loader, metric: Metric, unit: str, config):
         self.accelerator, self.log, self.loader, self.metric = accelerator, log, loader, metric
@@ -27,7 +27,7 @@ class Lines:
     def add_step(
         self, position: Position, tally: Tally, ledger: Ledger, learning_rate: float, grad_norm: Tensor | float
     ) -> None:
-        """Of the step that was done last; every process must call it."""
+        """Log the step that was done last; every process must call it."""
         norm = whole(grad_norm).item()
         loss, digest, wait, rejected = tally.over_all(self.accelerator, ledger.wait_seconds)
         speed = ledger.close_window(self.batch, wait / data_parallel(self.accelerator)[1])

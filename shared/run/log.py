@@ -16,7 +16,7 @@ from .folder import MetricsFile
 
 
 class Log:
-    """Where a run's lines go. Every process makes one; rank 0 alone writes."""
+    """The places to which a run's lines go. Every process makes one; rank 0 alone writes."""
 
     def __init__(self, accelerator: Accelerator, folder: Path):
         self.accelerator, self.folder = accelerator, folder

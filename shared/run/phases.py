@@ -29,7 +29,7 @@ class Ledger:
         self.step_end += seconds
 
     def end_evaluation(self) -> None:
-        """What has passed since the last step was an evaluation."""
+        """Count the time since the last step as an evaluation."""
         now = time.perf_counter()
         self.evaluation_seconds, self.step_end = max(self.evaluation_seconds, now - self.step_end), now
 

@@ -6,7 +6,7 @@ from ..errors import UserError
 
 
 class Position:
-    """Where a run stands: `step` counts the global batches done, `last_step` is where this start ends."""
+    """The place of a run: `step` counts the global batches done, `last_step` is where this start ends."""
 
     def __init__(self, run_config: RunConfig, steps_per_epoch: int, epochs: int):
         """Raises UserError for --checkpointing_steps that are no steps."""
@@ -19,7 +19,7 @@ class Position:
 
     @property
     def epoch(self) -> int:
-        """Of the step that was done last."""
+        """Number of the epoch of the step that was done last."""
         return (self.step - 1) // self.epoch_steps
 
     @property
@@ -32,17 +32,17 @@ class Position:
 
     @property
     def will_log(self) -> bool:
-        """Whether the step that is being computed gets a line in metrics.jsonl."""
+        """Tell whether the step that is being computed gets a line in metrics.jsonl."""
         return (self.step + 1) % self.logging_steps == 0 or self.step + 1 >= self.last_step
 
     @property
     def evaluation_due(self) -> bool:
-        """At the end of an epoch or of the run; an interruption within an epoch leaves no trace in the metrics."""
+        """True at the end of an epoch or of the run: an interruption within an epoch leaves no trace in metrics."""
         return self.at_epoch_end or self.step >= self.last_step
 
     @property
     def checkpoint_due(self) -> bool:
-        """Within an epoch. At its end the evaluation comes first, so that a resume cannot skip it."""
+        """True within an epoch. At its end the evaluation comes first, so that a resume cannot skip it."""
         return not (self.stopping or self.at_epoch_end) and self.step % self.checkpoint_steps == 0
 
 

@@ -78,7 +78,7 @@ class Run(Position):
         self.ledger.wait_seconds += batch.wait_seconds
 
     def skips(self, grad_norm: Tensor | float) -> bool:
-        """Return whether the step is to have no update: never under `--on_nonfinite stop`; `skip` waits for it.
+        """Return whether the step is to have no update: never under `--on_nonfinite stop`. `skip` waits for it.
 
         Call it once a step, on every process: `check_finite` reads what it notes.
         """

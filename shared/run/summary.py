@@ -24,7 +24,7 @@ from .position import Position
 
 
 class Summary:
-    """What a start says of itself: first lines, config.json, summary.json, last lines."""
+    """The words of a start on itself: first lines, config.json, summary.json, last lines."""
 
     def __init__(
         self, accelerator: Accelerator, position: Position, files: Folder, ledger: Ledger, lines: Lines, claim: Claim

@@ -10,7 +10,7 @@ from ..contracts import Batch
 
 
 class Tally:
-    """Of one global step: the loss, its samples and their digest; of the epoch so far: rejected samples."""
+    """The sums of a global step: loss, samples and their digest; and of the epoch so far: rejected samples."""
 
     def __init__(self):
         self.rejected = 0
