@@ -65,7 +65,7 @@ def _load_tensors(path: Path, accelerator: Accelerator, model: nn.Module, optimi
         moments = {}  # every step so far was skipped
     tensors = plain_names(weights, moments)
     _check_names(path, there, set(tensors), accelerator)
-    # Into the tensors themselves; set_state_dict then tells those of them that the optimizer has made anew.
+    # Into the tensors themselves; set_state_dict then gives the optimizer those that were created by get_state_dict.
     dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
     if moments:
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)

@@ -85,7 +85,7 @@ def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> tuple[Pat
     """What `--resume_from_checkpoint` means here, None for a fresh start; and a line for each damaged one passed over.
 
     A path begins the folder's run, or takes it back to one of its own checkpoints. It does so once: what was written
-    since is newer, and a job that is started again with the same command goes on from there.
+    since is newer, and a job that is started again with the same command resumes from there.
 
     Raises UserError for a path that is no whole checkpoint, for `never` where the folder holds one, and where all are
     damaged.
@@ -114,7 +114,7 @@ def _newest_whole(there: list[Path]) -> tuple[Path | None, list[str]]:
 
 
 def _follows(newest: Path, path: Path) -> bool:
-    """Whether a folder's newest checkpoint, rather than the path that was given, is to be gone on from."""
+    """Return whether to resume from a folder's newest checkpoint rather than from the path that was given."""
     elsewhere = path.parent != newest.parent.resolve()
     return (
         path.name.startswith("step-")

@@ -64,7 +64,7 @@ class Source:
             try:
                 digest.update(self.images[number])
             except OSError:
-                digest.update(b"torn")  # as ever: the fingerprints of runs that exist
+                digest.update(b"torn")  # the word stays: runs that exist have its hash
         return digest.hexdigest()
 
 

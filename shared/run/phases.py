@@ -34,7 +34,7 @@ class Ledger:
         self.evaluation_seconds, self.step_end = max(self.evaluation_seconds, now - self.step_end), now
 
     def close_window(self, batch: int, wait_seconds: float) -> dict[str, float]:
-        """Return the speed since the last line, and begin anew; nothing where there were no steps.
+        """Return the speed since the last line, and begin the next window; nothing where there were no steps.
 
         wait_seconds: the mean over the data-parallel processes.
         """
