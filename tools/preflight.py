@@ -837,7 +837,7 @@ def all_reduce(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def bandwidth(plan: Plan) -> tuple[float | None, str]:
-    """GB/s on the bus, and its source: the newest measurement of such GPUs, inside a node or across, else the table's."""
+    """GB/s on the bus and its source: the newest measurement of such GPUs, in a node or across, else the table's."""
     across = plan.nodes > 1
     results = ROOT.glob(f"benchmarks/results/allreduce_{plan.facts.gpu}_*.json")
     for path in sorted(results, key=lambda path: path.stem[-10:], reverse=True):
