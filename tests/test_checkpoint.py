@@ -375,3 +375,12 @@ def test_under_fp16_the_scaler_looks_for_its_scale_before_the_run_ends(tmp_path,
         assert not steps.skips_update()  # the scaler leaves the step out, when the optimizer is called
         with pytest.raises(UserError, match="step 1 has the losses inf") if stops else contextlib.nullcontext():
             steps.check()
+
+
+@pytest.mark.parametrize(("better", "best"), [(True, 3), (False, 1)])
+def test_the_best_checkpoint_stays_by_its_metrics_direction(tmp_path, better, best):
+    for step, value in ((1, 0.2), (2, 0.5), (3, 0.9), (4, 0.4), (5, 0.6)):
+        saved(tmp_path, step, metric="bits", bits=value, higher_is_better=better)
+    assert [path.name[-1] for path in checkpoint.retention.superfluous(tmp_path, 1)] == [
+        str(step) for step in range(1, 5) if step != best
+    ]

@@ -139,6 +139,7 @@ def test_a_global_batch_larger_than_the_data_is_refused():
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--epochs", "0"], ["--epochs 0", "from 1"]),
         (["--learning_rate", "nan"], ["--learning_rate nan"]),
+        (["--label_smoothing", "1.5"], ["--label_smoothing 1.5", "from 0 to 1"]),
         (["--learning_rate"], ["--learning_rate"]),
         (["--model", "resnet19"], ["resnet19", "resnet18"]),
         (["--channels_last", "perhaps"], ["--channels_last"]),

@@ -101,3 +101,14 @@ def test_every_topology_evaluates_the_360_digits_once(topologies):
         assert last["eval_samples"] == 360, name
         assert last["eval_loss"] == pytest.approx(reference["eval_loss"], rel=1e-3), name
         assert run.summary["world_size"] == run.summary["data_parallel_size"] == name[0]
+
+
+def test_a_steps_weight_is_that_of_its_samples():
+    weights = np.arange(20.0)
+    for micro in (8, 2):
+        order = TrainingOrder(20, 8, micro, 0, 1, seed=3, weights=weights)
+        for step in (0, 1, 2, 5):
+            epoch, number = divmod(step, 2)
+            samples = order.permutation(epoch)[number * 8 : number * 8 + 8]
+            assert order.step_weight(step) == weights[samples].sum()
+    assert TrainingOrder(20, 8, 8, 0, 1, seed=3).step_weight(1) == 8

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -403,3 +404,13 @@ def test_an_edited_recipe_is_no_longer_the_run_of_its_folder(server, tmp_path):
     text = start(source, "--max_steps", "3")
     assert "resumed at step 2" in text
     assert "warning" not in text
+
+
+def test_every_setting_of_the_images_is_another_run_but_what_may_be_left_out():
+    """A column decides where it is given."""
+    other = {"data": "x", "val_fraction": 0.1, "shuffle_block": 8, "image_column": "x", "label_column": "x"}
+    other |= {"image_size": 64, "min_crop_area": 0.5, "horizontal_flip": True, "eval_crop_ratio": 0.5}
+    assert {*other, "max_undecodable"} == {field.name for field in fields(ImageConfig)}
+    for name, value in other.items():
+        assert ImageConfig(**{name: value}).identity() != ImageConfig().identity(), name
+    assert ImageConfig(max_undecodable=0.5).identity() == ImageConfig().identity()
