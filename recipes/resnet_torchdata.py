@@ -112,7 +112,7 @@ def read_dataloader(views, num_workers, device):
     """Host batches of the views, rendered by processes."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(views, batch_sampler=Epochs(views.order), **worker_options(num_workers, device))
+    return StatefulDataLoader(views, batch_sampler=Epochs(views.order), **worker_options(views, num_workers, device))
 
 
 def set_position(loader, checkpoint, num_workers):

@@ -181,7 +181,7 @@ class Streams(IterableDataset):
 
     def _evaluate(self, reader: int) -> Iterator[Batch]:
         """The reader's shards, each image once; then empty places, until every reader is done."""
-        size = -(-self.order.batch_size * self.order.size // self.readers)
+        size = -(-self.order.micro_batch_size * self.order.size // self.readers)
         batches = max(-(-int(self.counts[first :: self.readers].sum()) // size) for first in range(self.readers))
         images = self.read_shards(self.views.source, range(reader, len(self.counts), self.readers))
         candidates = (Candidate(0, *image) for image in images)
@@ -203,7 +203,7 @@ class Joined:
 
     def __init__(self, streams: Streams, num_workers: int, device: torch.device):
         self.streams, self.workers, self.device = streams, max(1, num_workers), device
-        self.parts = DataLoader(streams, batch_size=None, **worker_options(num_workers, device))
+        self.parts = DataLoader(streams, batch_size=None, **worker_options(streams.views, num_workers, device))
         start_workers(self.parts)
 
     def __iter__(self) -> Iterator[Batch]:

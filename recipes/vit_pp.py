@@ -295,7 +295,7 @@ def evaluate(accelerator, model, loader, run, stage, schedule):
     """Top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
-    shape = loader.order.batch_size, len(loader.dataset.source.classes)
+    shape = loader.order.micro_batch_size, len(loader.dataset.source.classes)
     for batch in loader:
         images, target = ((batch.images,) if stage.is_first else ()), (batch.labels if stage.is_last else None)
         logits = schedule.eval(*images, target=target)

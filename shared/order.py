@@ -110,16 +110,16 @@ class EvaluationOrder:
     forward would wait for ever: index -1 pads the last ones."""
 
     def __init__(self, samples: int, batch_size: int, rank: int, size: int):
-        self.samples, self.batch_size, self.rank, self.size = samples, batch_size, rank, size
+        self.samples, self.micro_batch_size, self.rank, self.size = samples, batch_size, rank, size
 
     def following(self, epoch: int, index: int) -> Iterator[int]:
         """A rejected sample is left out."""
         return iter(())
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.batch_size * self.size))
+        return -(-self.samples // (self.micro_batch_size * self.size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in range(len(self)):
-            first = (batch * self.size + self.rank) * self.batch_size
-            yield [(0, index if index < self.samples else -1) for index in range(first, first + self.batch_size)]
+            first = (batch * self.size + self.rank) * self.micro_batch_size
+            yield [(0, index if index < self.samples else -1) for index in range(first, first + self.micro_batch_size)]

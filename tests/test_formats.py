@@ -391,7 +391,7 @@ def test_a_batch_in_use_stays_what_it_is_while_others_are_made(prefetch_factor):
 
 
 def views_in(views: Views, num_workers: int, prefetch_factor: int) -> DataLoader:
-    options = worker_options(num_workers, torch.device("cpu"), prefetch_factor)
+    options = worker_options(views, num_workers, torch.device("cpu"), prefetch_factor)
     return DataLoader(views, batch_sampler=views.order, **options)
 
 

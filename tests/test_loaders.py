@@ -512,22 +512,21 @@ def long_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["resnet", "resnet_torchdata", "resnet_webdataset"])
-def test_workers_that_could_not_send_are_refused_before_they_start(recipe, packed, long_path):
-    with pytest.raises(UserError, match=r"AF_UNIX path too long\. Set TMPDIR to a folder with a short path"):
-        build(recipe, packed["tar"], num_workers=1)
+def test_workers_need_no_sockets(recipe, packed, long_path):
+    loader, _ = build(recipe, packed["tar"], num_workers=1)
+    assert next(iter(loader)).images.shape == (64, 3, 32, 32)
 
 
 def test_a_shared_memory_that_is_full_is_one_line():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # which a worker inherits; a batch needs 197,000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a batch needs 197,000
     try:
-        loader, _ = build("resnet", "digits", num_workers=1)
+        with pytest.raises(
+            UserError, match=r"^loader workers get no 1189632 bytes of /dev/shm: .* Give fewer --num_workers"
+        ):
+            build("resnet", "digits", num_workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(
-        UserError, match=r"^loader workers get no 198272 bytes of /dev/shm: .* Give fewer --num_workers"
-    ):
-        next(iter(loader))
 
 
 @pytest.mark.parametrize(

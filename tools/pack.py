@@ -306,7 +306,7 @@ def encoded(source: Source, arguments: argparse.Namespace, number: int) -> tuple
         with opened(image) as file:
             kind = file.format
             if arguments.max_side and max(file.size) > arguments.max_side:
-                file = upright(image, file)
+                file = upright(file)
                 file.thumbnail((arguments.max_side, arguments.max_side), Image.Resampling.BICUBIC)
                 return saved(file, "JPEG", quality=arguments.quality), "jpg"
         # MPO: a telephone's JPEG with a second picture behind it.

@@ -6,13 +6,13 @@ The loaders are already this process's own: they must not go through `accelerato
 
 import atexit
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +46,7 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # undecodable images in a row, as many as a lost shard of tools/pack.py holds
-_sent: set[int] = set()  # of a worker: addresses of its slots that its parent has mapped
-_mapped: dict[tuple[int, int], Tensor] = {}  # of the parent: its workers' slots by process and address
+SLOT_ALIGNMENT = 64  # bytes
 LIMIT = 600  # seconds without a batch, as NCCL waits for its peers
 PATIENCE = 20  # seconds without a batch once the run is to stop: torchrun's workers are killed after 30
 
@@ -73,11 +72,10 @@ class _Whole(Batch):
     """A batch in one piece of memory, as which it comes from a worker: each tensor by itself would cost 0.5 ms."""
 
     def __reduce__(self):
-        memory = torch.empty(0, dtype=torch.uint8).set_(self.images.untyped_storage())
-        place, known = (os.getpid(), memory.data_ptr()), memory.data_ptr() in _sent
-        if _slots.memory:
-            _sent.add(memory.data_ptr())
-        return _received, (place, None if known else memory, len(self.images), self.digest, self.rejected)
+        if _slots.memory is None:
+            return Batch, tuple(self)
+        where = _slots.key, self.images.storage_offset(), *self.images.shape[:2]
+        return _received, (*where, self.digest, self.rejected)
 
 
 SMALL = 3 * 8 + 2  # bytes of a sample's five numbers
@@ -92,16 +90,9 @@ def _whole(small: Tensor, images: Tensor, rows: int, digest: int = 0, rejected: 
     return _Whole(images.view(rows, size, size, 3), labels, valid, seeds, mirrored, digest, rejected, indices=indices)
 
 
-def _received(place: tuple, memory: Tensor | None, rows: int, digest: int, rejected: tuple[str, ...]) -> _Whole:
-    """Memory that a worker has sent once is mapped here for good: that takes longer than all the rest."""
-    if memory is None:
-        memory = _mapped[place]
-    else:
-        workers = {worker.pid for worker in multiprocessing.active_children()}
-        for other in list(_mapped):  # by threads of several loaders
-            if other[0] not in workers:
-                _mapped.pop(other, None)
-        _mapped[place] = memory
+def _received(key: int, offset: int, rows: int, size: int, digest: int, rejected: tuple[str, ...]) -> _Whole:
+    """The batch whose images lie at this offset of the memory that a worker shares with its parent."""
+    memory = _shared[key].view(-1)[offset - SMALL * rows : offset + rows * 3 * size**2]
     small = memory[: SMALL * rows].clone()  # the worker writes its memory again; images are copied by the Loader
     return _whole(small, memory[SMALL * rows :], rows, digest, rejected)
 
@@ -133,6 +124,10 @@ class Views(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def batch_bytes(self) -> int:
+        return self.order.micro_batch_size * (SMALL + 3 * self.image_size**2)
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> Batch:
         return self.fill([self._candidates(*sample) for sample in samples])
@@ -203,76 +198,77 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
 
 
 class _Slots:
-    """Of a worker: pieces of shared memory, each of which is written again when its batch has been used. New memory
-    would cost a page fault for every 4 KiB of each batch."""
+    """A worker's pieces of the memory that it shares with its parent, which it fills in turn. New memory would cost a
+    page fault for every 4 KiB of each batch, and half a millisecond to be sent."""
 
-    def __init__(self, number: int = 0, used: Tensor | None = None):
-        """used: (), shared: the parent needs no batch of a lower number. None: it needs but the last ones."""
-        self.memory: list[Tensor | None] = [None] * number
-        self.holds = [-sys.maxsize] * number  # numbers of batches
-        self.batch, self.used = -1, used  # the one that is being written
+    def __init__(self, key: int = 0, memory: Tensor | None = None, used: Tensor | None = None):
+        """memory: (slots, bytes), of which the parent has _shared[key]. used: (), shared: the parent needs no batch of
+        a lower number; None: it needs but the last ones."""
+        self.key, self.memory, self.used = key, memory, used
+        self.holds = [-1] * (0 if memory is None else len(memory))  # numbers of batches
+        self.batch, self.slot = -1, 0  # what is being written, and where
 
     def take(self, size: int) -> Tensor:
         """So many bytes, for which it waits where a slower worker holds up the order; in the parent new ones."""
-        if not self.memory:
+        if self.memory is None:
             return torch.empty(size, dtype=torch.uint8)
-        self.batch += self.used is None
-        while (slot := self._free()) is None:
+        self.slot = (self.slot + 1) % len(self.memory)
+        while self.used is not None and self.holds[self.slot] >= self.used:
             if not multiprocessing.parent_process().is_alive():
                 os._exit(1)
             time.sleep(0.001)
-        self.holds[slot], memory = self.batch, self.memory[slot]
-        if memory is None or len(memory) != size:
-            _sent.difference_update([] if memory is None else [memory.data_ptr()])
-            self.memory[slot] = torch.empty(0, dtype=torch.uint8).set_(_shared(size))
-        return self.memory[slot]
-
-    def _free(self) -> int | None:
-        used = self.batch - len(self.holds) + 1 if self.used is None else int(self.used)
-        return next((slot for slot, batch in enumerate(self.holds) if batch < used), None)
+        self.holds[self.slot] = self.batch
+        return self.memory[self.slot, :size]
 
 
-def _shared(size: int) -> torch.UntypedStorage:
-    """So many bytes that other processes can map."""
+_slots = _Slots()
+_shared: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by address, as long as a loader is
+
+
+def _shared_memory(*shape: int) -> Tensor:
+    """Bytes that workers see, too, in this shape."""
     try:
-        return torch.UntypedStorage._new_shared(size)
+        memory = torch.UntypedStorage._new_shared(math.prod(shape))
     except RuntimeError as error:
         raise UserError(
-            f"loader workers get no {size} bytes of /dev/shm: {str(error).splitlines()[0]}. Give fewer --num_workers "
-            "(0 needs none), a smaller batch or --image_size, or the container more of it (docker --shm-size)."
+            f"loader workers get no {math.prod(shape)} bytes of /dev/shm: {str(error).splitlines()[0]}. Give fewer "
+            "--num_workers (0 needs none), a smaller batch or --image_size, or the container more of it (docker "
+            "--shm-size)."
         ) from error
+    return torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
 
 
 def shared_number(num_workers: int) -> Tensor:
     """A zero, of which workers see what it becomes."""
-    number = torch.zeros((), dtype=torch.int64)
-    return number.set_(_shared(number.nbytes), 0, (), ()) if num_workers else number
+    return _shared_memory(8).view(torch.int64)[0] if num_workers else torch.zeros((), dtype=torch.int64)
 
 
-_slots = _Slots()
-
-
-def _begin_worker(slots: int, used: Tensor | None, parent: int, worker: int) -> None:
-    """For a DataLoader of this collection."""
-    _mapped.clear()  # the parent's
-    _slots.__init__(slots, used)
+def _begin_worker(key: int, memory: Tensor, used: Tensor | None, parent: int, worker: int) -> None:
+    """For a DataLoader of this collection. memory: (workers, slots, bytes)."""
+    _slots.__init__(key, memory[worker], used)
     ignore_signals()
     if os.getppid() != parent:  # torch, which looks from now on, would take another process for the parent
         os._exit(1)
 
 
 def worker_options(
-    num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
+    views: Views, num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
 ) -> dict:
     """What every DataLoader of this collection is given. used: see _Slots; without it, a worker's batch is good until
     the next one but one.
 
     Raises UserError where workers could not send what they make."""
+    begin = None
     if num_workers:
         _try_to_send()
         # Before multiprocessing waits for them: it asks by SIGTERM, which they ignore. Called twice, it is no harm.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
+        # Beside the batches that are ready, one is in use and one is being written; out of turn, as many again wait.
+        slots = (1 if used is None else 2) * prefetch_factor + 2
+        memory = _shared_memory(num_workers, slots, -(-views.batch_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)
+        _shared[memory.data_ptr()] = memory
+        begin = partial(_begin_worker, memory.data_ptr(), memory, used, os.getpid())
     return {
         "collate_fn": _as_is,
         "num_workers": num_workers,
@@ -280,8 +276,7 @@ def worker_options(
         "pin_memory": device.type == "cuda",
         # Its own: a draw from the global state would make initial weights depend on the number of workers.
         "generator": torch.Generator(),
-        # Beside the batches that are ready, one is in use and one is being written; out of turn, as many again wait.
-        "worker_init_fn": partial(_begin_worker, (1 if used is None else 2) * prefetch_factor + 2, used, os.getpid()),
+        "worker_init_fn": begin,
         "prefetch_factor": prefetch_factor if num_workers else None,
         # Forked workers start at once; Python 3.14's default imports torch anew in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
@@ -293,15 +288,7 @@ def _as_is(batch: Batch) -> Batch:
 
 
 def _try_to_send() -> None:
-    """Make one of all that a worker's batch comes through. A worker that could not would only keep it."""
-    try:
-        multiprocessing.connection.Listener(family="AF_UNIX").close()  # for descriptors of shared memory
-    except OSError as error:
-        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
-        raise UserError(
-            f"loader workers need sockets in {folder}, and there can be none: {error}. Set TMPDIR to a folder with a "
-            "short path that can be written, such as /tmp, or give --num_workers 0."
-        ) from error
+    """Make one of what a worker's batch comes through. A worker that could not would only keep it."""
     try:
         multiprocessing.SimpleQueue()
     except OSError as error:
@@ -349,7 +336,9 @@ class WorkerLoader:
     ):
         """options: more of torch's DataLoader."""
         self.numbered, self.used = _Numbered(views), shared_number(num_workers)
-        options = worker_options(num_workers, device, prefetch_factor, self.used) | {"in_order": False} | options
+        options = (
+            worker_options(views, num_workers, device, prefetch_factor, self.used) | {"in_order": False} | options
+        )
         self.loader = DataLoader(self.numbered, batch_sampler=self.numbered, **options)
         start_workers(self.loader)
         self.numbered.order = views.order  # from now on: whence the first pass begins was not known
