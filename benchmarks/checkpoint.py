@@ -32,7 +32,8 @@ import resnet
 from shared.accelerator import build_accelerator
 from shared.checkpoint import Checkpoints, checkpoints, read_manifest
 from shared.config import expand_home
-from shared.lifetime import Interruption, die_with_parent
+from shared.lifetime import die_with_parent
+from shared.run.interruption import Interruption
 
 STEP_SECONDS = 0.1
 BEFORE = 9  # steps before a resume: within an epoch

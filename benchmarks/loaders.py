@@ -51,8 +51,9 @@ import resnet_webdataset
 
 from shared.config import expand_home
 from shared.errors import UserError
-from shared.images import Batch, Loader, Views, decode, open_data, training_view
+from shared.images import Batch, Loader, Views, decode, open_data
 from shared.images.loader import MEAN, PREFETCH, STD, WorkerLoader
+from shared.images.views import training_view
 from shared.lifetime import die_with_parent
 from shared.order import TrainingOrder
 

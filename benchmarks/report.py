@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from shared.run.identity import versions
+from shared.checkpoint.origin import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy", "pillow", "simplejpeg")

@@ -21,6 +21,7 @@ from .errors import UserError
 from .files import raise_open_files
 from .launch import forced_cpu, local_world_size, mixed_precision, replicas, strategy, variable, world_size
 from .lifetime import die_with_launcher, meeting
+from .order import micro_batch_size
 
 # Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
@@ -89,24 +90,6 @@ def _accelerator(config, on_cpu: bool) -> Accelerator:
         parallelism_config=_parallelism_config(),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
     )
-
-
-def micro_batch_size(accelerator: Accelerator, global_batch_size: int, gradient_accumulation_steps: int) -> int:
-    """Images per forward of one process; raises UserError where the global batch does not divide."""
-    return split_batch(data_parallel(accelerator)[1], global_batch_size, gradient_accumulation_steps)
-
-
-def split_batch(size: int, global_batch_size: int, gradient_accumulation_steps: int) -> int:
-    """Images per forward of one of `size` data-parallel processes; raises UserError where that is no whole number."""
-    parts = size * gradient_accumulation_steps
-    if global_batch_size % parts:
-        near = (global_batch_size // parts * parts, -(-global_batch_size // parts) * parts)
-        raise UserError(
-            f"--global_batch_size {global_batch_size} does not divide by {size} data-parallel processes x "
-            f"{gradient_accumulation_steps} accumulation steps. "
-            f"Give {' or '.join(str(value) for value in near if value)}."
-        )
-    return global_batch_size // parts
 
 
 def cores() -> int:
@@ -184,9 +167,8 @@ def _configure_deepspeed(accelerator: Accelerator, config) -> None:
     """Batch, accumulation and clipping (0 = none) are the recipe's; DeepSpeed's own defaults would be others."""
     # With offload DeepSpeed's own Adam takes over the groups, and the scheduler misses the steps of torch's.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    batch = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": batch,
+        "train_micro_batch_size_per_gpu": micro_batch_size(config, data_parallel(accelerator)[1]),
         "train_batch_size": config.global_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": float(config.max_grad_norm),

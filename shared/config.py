@@ -16,21 +16,8 @@ from .errors import UserError, say
 from .launch import rank, settle_variables
 from .lifetime import begin
 
-# What other projects call our flags.
-ALIASES = {
-    "--lr": "--learning_rate",
-    "--batch_size": "--global_batch_size",
-    "--per_device_train_batch_size": "--global_batch_size",
-    "--train_batch_size": "--global_batch_size",
-    "--wd": "--weight_decay",
-    "--num_train_epochs": "--epochs",
-    "--workers": "--num_workers",
-    "--resume": "--resume_from_checkpoint",
-    "--out": "--output_dir",
-    "--data_dir": "--data",
-    "--dataset": "--data",
-    "--max_torn": "--max_undecodable",
-}
+# Other names of our flags that are too unlike them to be found by their letters.
+ALIASES = {"--lr": "--learning_rate", "--wd": "--weight_decay", "--max_torn": "--max_undecodable"}
 
 
 class Range(NamedTuple):

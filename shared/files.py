@@ -2,7 +2,6 @@
 """Write files and folders that are complete or absent, one process at a time."""
 
 import contextlib
-import errno
 import glob
 import json
 import os
@@ -76,23 +75,9 @@ def partial_of(path: Path) -> Path:
 
 def remove_partials(folder: Path, name: str = "") -> None:
     """Remove what killed processes left in a folder of the file `name`, or of any: call it under the lock of what
-    they wrote. What a living process of this host writes stays."""
+    they wrote."""
     for path in list(folder.rglob(f".{glob.escape(name)}*.partial")):
-        if not _is_written(path):
-            _remove(path)
-
-
-def _is_written(partial: Path) -> bool:
-    owner, _, pid = partial.stem.rpartition(".")
-    if not owner.endswith(f".{socket.gethostname()}") or not pid.isdigit():
-        return False
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    try:
-        os.kill(int(pid), 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,15 @@ READ = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "OMP_NUM_THREADS", "PMI_", "OMPI
 OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate reads beside WORLD_SIZE
 WORDS = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
+# What says how a run was launched. Of Slurm's variables, which may hold secrets (SLURM_JWT), only what is named here:
+# the job, and what it was given.
+LAUNCHER_VARIABLES = re.compile(
+    "(ACCELERATE|FSDP|PARALLELISM|NCCL|GLOO|CUDA_VISIBLE)_.*|OMP_NUM_THREADS|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+    "|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|NVIDIA_TF32_OVERRIDE"
+    "|SLURM_(JOB_(ID|NAME|NUM_NODES|NODELIST|PARTITION|QOS|ACCOUNT|START_TIME|END_TIME)|ARRAY_(JOB|TASK)_ID|CLUSTER_NAME"
+    "|SUBMIT_(DIR|HOST)|RESTART_COUNT|NODEID|PROCID|LOCALID|NTASKS|CPUS_(PER_TASK|ON_NODE)|GPUS_ON_NODE)"
+)
+SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class Launch(NamedTuple):
@@ -165,3 +175,9 @@ def forced_cpu() -> bool:
     """By `use_cpu` of a YAML for one process, or by local_cpu.yaml, which hides the GPUs from any number of them."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
     return hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+
+
+def launcher_variables() -> dict[str, str]:
+    """Return what the environment says of the launch, without names that promise a secret."""
+    names = (name for name in sorted(os.environ) if LAUNCHER_VARIABLES.fullmatch(name) and not SECRETS.search(name))
+    return {name: os.environ[name] for name in names}

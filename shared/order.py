@@ -23,6 +23,22 @@ class Blocks(NamedTuple):
     size: int
 
 
+def micro_batch_size(config, size: int) -> int:
+    """Samples per forward of one of `size` data-parallel processes.
+
+    config holds global_batch_size and gradient_accumulation_steps. Raises UserError where they do not divide.
+    """
+    batch, parts = config.global_batch_size, size * config.gradient_accumulation_steps
+    if batch % parts:
+        near = (batch // parts * parts, -(-batch // parts) * parts)
+        raise UserError(
+            f"--global_batch_size {batch} does not divide by {size} data-parallel processes x "
+            f"{config.gradient_accumulation_steps} accumulation steps. "
+            f"Give {' or '.join(str(value) for value in near if value)}."
+        )
+    return batch // parts
+
+
 class TrainingOrder:
     """A batch sampler: yields this process's micro-batches, as lists of (epoch, sample index), from `step` to the end
     of its epoch.

@@ -203,7 +203,7 @@ prepare_job_folder() {
     trap clean_up EXIT
 }
 
-# shared/lifetime.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
+# shared/run/interruption.py stops in time for SLURM_JOB_END_TIME, which Slurm sets from 23.02 on.
 watch_time() {
     local end=${SLURM_JOB_END_TIME:-} now
     now=$(date +%s)

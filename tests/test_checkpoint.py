@@ -33,6 +33,7 @@ from shared.checkpoint import save as saving
 from shared.errors import UserError
 from shared.run import folder as run_folder
 from shared.run import nonfinite
+from shared.run.interruption import Interruption
 from shared.run.log import Log
 from shared.run.nonfinite import NonFinite
 
@@ -249,7 +250,7 @@ def test_a_signal_counts_where_nobody_reads_the_output(tmp_path, monkeypatch):
 
     handlers = {number: signal.getsignal(number) for number in lifetime.SIGNALS}
     try:
-        watched = lifetime.Interruption(ALONE, tmp_path, 0)
+        watched = Interruption(ALONE, tmp_path, 0)
         monkeypatch.setattr(os, "write", closed)
         signal.raise_signal(signal.SIGINT)
         assert watched.agreed(1) == "signal"
@@ -267,7 +268,7 @@ def test_nohup_lets_a_run_outlive_its_terminal_but_not_torchrun(tmp_path, monkey
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        watched = lifetime.Interruption(ALONE, tmp_path, 0)
+        watched = Interruption(ALONE, tmp_path, 0)
         signal.raise_signal(signal.SIGHUP)
         assert watched.agreed(1) == stops
     finally:

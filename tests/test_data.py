@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from shared.draws import hash64, random_bits, uniforms
-from shared.images import Source, evaluation_view, open_data, training_view
+from shared.images import Source, open_data
 from shared.images.decode import render
-from shared.images.views import random_crop
+from shared.images.views import evaluation_view, random_crop, training_view
 
 
 def test_the_digits_are_scikit_learns():

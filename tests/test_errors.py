@@ -18,8 +18,8 @@ from conftest import ROOT, environment, launch_command, python
 from shared.config import parse
 from shared.errors import UserError
 from shared.images import open_data
-from shared.lifetime import Interruption
 from shared.order import TrainingOrder
+from shared.run.interruption import Interruption
 
 
 @pytest.fixture

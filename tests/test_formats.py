@@ -34,11 +34,12 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, get_worker_info
 
 from shared.errors import UserError
-from shared.images import Loader, Source, Views, evaluation_view, open_data, storage, training_view
+from shared.images import Loader, Source, Views, open_data, storage
 from shared.images.decode import Crop, render
 from shared.images.index import NAME as INDEX
 from shared.images.index import Index
 from shared.images.loader import WorkerLoader, worker_options
+from shared.images.views import evaluation_view, training_view
 from shared.metrics import Evaluation
 from shared.order import EvaluationOrder, TrainingOrder
 

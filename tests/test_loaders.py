@@ -33,7 +33,8 @@ from shared.errors import UserError
 from shared.images import loader as loaders
 from shared.images import open_data
 from shared.images.loader import STD, Batch
-from shared.lifetime import SIGNALS, Interruption
+from shared.lifetime import SIGNALS
+from shared.run.interruption import Interruption
 
 FORMATS = ("digits", "tar", "parquet", "folder")
 TOPOLOGIES = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 0)]  # processes, workers of each

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.images import Loader, Views, open_data, training_view
+from shared.images import Loader, Views, open_data
+from shared.images.views import training_view
 from shared.order import EvaluationOrder, TrainingOrder
 
 GLOBAL_BATCH = 24

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
 
 from shared.checkpoint import read_state, read_weights
+from shared.checkpoint.origin import differing
 from shared.config import parse
 from shared.errors import UserError
 from shared.images import ImageConfig
@@ -23,7 +24,7 @@ from shared.launch import program, this_launch
 from shared.models.vit import VisionTransformer, initial_value
 from shared.optim import zero_momentum
 from shared.order import TrainingOrder
-from shared.run.identity import differing, identity, recipe_source
+from shared.run.identity import identity, recipe_source
 
 RESNETS = sorted(path.stem for path in (ROOT / "recipes").glob("resnet*.py"))
 

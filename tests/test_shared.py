@@ -20,8 +20,6 @@ ROOMS = {
     "text": (600, {"core", "text"}),
     "models": (500, {"core", "models"}),
 }
-# What the rebuild of the house has not brought under its budget yet: it may only shrink.
-OVER = {"core": 1445, "images": 2150}
 FACADE = 150  # lines of class Run
 FILES = sorted(path for path in SHARED.rglob("*") if path.suffix in (".py", ".c"))
 MODULES = [path for path in FILES if path.suffix == ".py"]
@@ -48,7 +46,7 @@ def test_each_room_keeps_its_size():
     lines = dict.fromkeys(ROOMS, 0)
     for path in FILES:
         lines[room(path)] += len(path.read_text().splitlines())
-    assert {name: count for name, count in lines.items() if count > OVER.get(name, ROOMS[name][0])} == {}
+    assert {name: count for name, count in lines.items() if count > ROOMS[name][0]} == {}
     (facade,) = [
         node for node in ast.parse((SHARED / "run/run.py").read_text()).body if isinstance(node, ast.ClassDef)
     ]

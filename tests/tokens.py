@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.hf_argparser import HfArg
 
-from shared.accelerator import build_accelerator, micro_batch_size, settle_buckets
+from shared.accelerator import build_accelerator, settle_buckets
 from shared.collectives import all_reduce_sum, data_parallel
 from shared.config import NonNegative, Positive, RunConfig, parse
 from shared.contracts import Description
 from shared.draws import augmentation_seed, digest, random_bits
 from shared.metrics import IGNORED, Metric
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
-from shared.order import EvaluationOrder, TrainingOrder
+from shared.order import EvaluationOrder, TrainingOrder, micro_batch_size
 from shared.run import Run
 
 VOCABULARY, LENGTH = 32, 16
@@ -124,7 +124,7 @@ def build_loaders(accelerator, run_config, data, config):
     lengths[: data.empty] = 0
     labels[torch.arange(LENGTH) >= lengths[:, None]] = IGNORED
     batch, share = config.global_batch_size, data_parallel(accelerator)
-    micro = micro_batch_size(accelerator, batch, config.gradient_accumulation_steps)
+    micro = micro_batch_size(config, share[1])
     order = TrainingOrder(len(tokens), batch, micro, *share, run_config.seed, weights=lengths.numpy())
     held_out = EvaluationOrder(len(tokens), micro, *share)
     return [TokenLoader(tokens, labels, each, run_config.seed) for each in (order, held_out)]

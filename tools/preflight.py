@@ -736,7 +736,7 @@ def start(plan: Plan, task: Task) -> None:
         plan.shared("run.log").known_trackers(run.report_to)
         plan.shared("run.nonfinite").refuse_pairs(run, config, plan.kind)
         plan.shared("run.position").checkpoint_steps(run.checkpointing_steps, 1)
-        plan.shared("accelerator").split_batch(size or 1, config.global_batch_size, config.gradient_accumulation_steps)
+        plan.shared("order").micro_batch_size(config, size or 1)
 
 
 def data(plan: Plan, task: Task) -> Iterator[str]:

@@ -10,11 +10,12 @@ gets its name.
 
 from .load import load_checkpoint, read_state, read_weights
 from .retention import checkpoint_to_resume, checkpoints, damage, put_aside, read_manifest
-from .save import Checkpoints, SaveError
+from .save import Checkpoints, SaveError, Saves
 
 __all__ = [
     "Checkpoints",
     "SaveError",
+    "Saves",
     "checkpoint_to_resume",
     "checkpoints",
     "damage",

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..collectives import data_parallel
+from ..errors import UserError
 from ..files import to_disk, write_json
 from ..launch import strategy
 from .deepspeed import write_zero
-from .retention import MANIFEST, STATE, checksum, remove_checkpoint, superfluous
+from .retention import MANIFEST, STATE, checkpoints, checksum, remove_checkpoint, superfluous
 from .tensors import TensorWriter, local, own_share, state_tensors, unwrapped
 
 
@@ -154,6 +156,55 @@ class Checkpoints:
             if error:
                 raise SaveError(f"{error} (process {rank})")
         return [result for result, _ in outcomes]
+
+
+class Saves:
+    """A run's saves: what goes wrong with one within the run is said, and the next one is tried. Every process makes
+    one and calls every method."""
+
+    def __init__(self, checkpoints: Checkpoints, say: Callable, before: Callable, origin: dict):
+        """say: prints a line. before: rank 0 calls it first; raises OSError. origin: what each manifest says of where
+        it came from."""
+        self.checkpoints, self.say, self.before, self.origin = checkpoints, say, before, origin
+        self.saved_step = 0
+
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict, metric: dict, at_end: bool
+    ) -> None:
+        """Write a checkpoint of state["step"]. metric: what its manifest says of the evaluation.
+
+        Raises UserError where it cannot be written and the run is at its end.
+        """
+        self._report(self.checkpoints.wait())
+        try:
+            self.checkpoints.agreed(self.before, on_main=True)
+            manifest = {"saved": datetime.now(UTC).isoformat(timespec="seconds"), **self.origin, **metric}
+            self.checkpoints.save(model, optimizer, scheduler, state, manifest)
+            if at_end and (error := self.checkpoints.wait()):
+                raise error
+            self.saved_step = state["step"]
+        except SaveError as error:
+            if at_end:
+                line = f"no checkpoint of step {state['step']}: {error}; {self._newest()}. Start again."
+                raise UserError(line) from error
+            self._report(error)
+
+    def report(self) -> None:
+        """Say what went wrong with a save in the background, once it has ended."""
+        self._report(self.checkpoints.failure())
+
+    def _report(self, error: SaveError | None) -> None:
+        if error:
+            self.say(f"warning: no checkpoint: {error}; {self._newest()}; training goes on, the next comes as planned")
+
+    @property
+    def reserve(self) -> float:
+        """Seconds that a last save may take: it waits for the one in the background that is at work then."""
+        return self.checkpoints.seconds * (1 + self.checkpoints.background)
+
+    def _newest(self) -> str:
+        there = checkpoints(self.checkpoints.folder)
+        return f"the newest one is {there[-1]}" if there else "there is none yet"
 
 
 def _make(temporary: Path) -> None:

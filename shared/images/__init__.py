@@ -4,16 +4,5 @@
 from .loader import Batch, Loader, Views, build_views
 from .settings import ImageConfig
 from .sources import Source, open_data
-from .views import evaluation_view, training_view
 
-__all__ = [
-    "Batch",
-    "ImageConfig",
-    "Loader",
-    "Source",
-    "Views",
-    "build_views",
-    "evaluation_view",
-    "open_data",
-    "training_view",
-]
+__all__ = ["Batch", "ImageConfig", "Loader", "Source", "Views", "build_views", "open_data"]

@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..accelerator import micro_batch_size
 from ..collectives import data_parallel
 from ..config import RunConfig
 from ..contracts import Description
@@ -33,7 +32,7 @@ from ..errors import UserError, say
 from ..launch import rank
 from ..lifetime import end_workers, ignore_signals, one_line
 from ..metrics import IGNORED
-from ..order import EvaluationOrder, TrainingOrder
+from ..order import EvaluationOrder, TrainingOrder, micro_batch_size
 from .decode import View, decoder, render
 from .description import describe
 from .native import library
@@ -184,7 +183,7 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
     where the batch does not divide.
     """
     (train, held_out), seed, share = sources, run_config.seed, data_parallel(accelerator)
-    batch = micro_batch_size(accelerator, config.global_batch_size, config.gradient_accumulation_steps)
+    batch = micro_batch_size(config, share[1])
     orders = (
         TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, train.blocks),
         EvaluationOrder(len(held_out), batch, *share),

@@ -7,21 +7,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from ..checkpoint import read_manifest
+from ..checkpoint.origin import differing, hash_of
 from ..config import SIZES, RunConfig
 from ..contracts import Description
 from ..errors import UserError
-from ..launch import mixed_precision, program, strategy
+from ..launch import mixed_precision, program
 
 
 def identity(recipe: str, precision: str, run_config: RunConfig, data_config, config) -> dict:
@@ -35,25 +31,6 @@ def of_run(run_config: RunConfig, data_config, config, train: Description, held_
     values = identity(program()[0].stem, mixed_precision(), run_config, data_config, config)
     folder = Path(run_config.output_dir or f"runs/{values['recipe']}-{identity_hash(values)}")
     return values | identity_of_data(train, held_out) | identity_of_program(), folder
-
-
-def origin(accelerator: Accelerator, config, begun_from: str | None) -> dict:
-    """Return what every checkpoint's manifest says of where it came from."""
-    return {
-        "recipe": program()[0].stem,
-        "strategy": strategy(),
-        "world_size": accelerator.num_processes,
-        "versions": versions(),
-        "shared": shared_source(),
-        "begun_from": begun_from,
-        **{name: getattr(config, name) for name in SIZES if hasattr(config, name)},
-    }
-
-
-def warn_of_changes(checkpoint: Path) -> str:
-    """Return a line where `shared` is not what wrote a checkpoint, or an empty string."""
-    names = differing(shared_source(), read_manifest(checkpoint).get("shared", {}))
-    return f"warning: not as when it was written, in shared/: {', '.join(names)}" if names else ""
 
 
 def identity_of_data(train: Description, held_out: Description) -> dict:
@@ -107,30 +84,7 @@ def identity_hash(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pillow")
-# What says how a run was launched. Of Slurm's variables, which may hold secrets (SLURM_JWT), only what is named here:
-# the job, and what it was given.
-LAUNCHER_VARIABLES = re.compile(
-    "(ACCELERATE|FSDP|PARALLELISM|NCCL|GLOO|CUDA_VISIBLE)_.*|OMP_NUM_THREADS|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
-    "|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|NVIDIA_TF32_OVERRIDE"
-    "|SLURM_(JOB_(ID|NAME|NUM_NODES|NODELIST|PARTITION|QOS|ACCOUNT|START_TIME|END_TIME)|ARRAY_(JOB|TASK)_ID|CLUSTER_NAME"
-    "|SUBMIT_(DIR|HOST)|RESTART_COUNT|NODEID|PROCID|LOCALID|NTASKS|CPUS_(PER_TASK|ON_NODE)|GPUS_ON_NODE)"
-)
-SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
-
-
 # What config.json says of where a run was made
-
-
-def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Return Python's version and those of the packages, None for one that is not installed."""
-    return {"python": sys.version.split()[0]} | {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(PackageNotFoundError):
-        return version(package)
-    return None
 
 
 def git_commit() -> str | None:
@@ -159,20 +113,7 @@ def recipe_source() -> dict[str, str]:
     for node in (node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)):
         used = sorted({each.id for each in ast.walk(node) if isinstance(each, ast.Name)} & origins.keys())
         parts.setdefault(_name(node), []).append("\n".join([ast.unparse(node), *(origins[name] for name in used)]))
-    return {name: _hash("\n".join(texts).encode()) for name, texts in sorted(parts.items())}
-
-
-def shared_source() -> dict[str, str]:
-    """File of `shared` -> hash."""
-    folder = Path(__file__).parents[1]
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c"))
-    return {str(path.relative_to(folder)): _hash(path.read_bytes()) for path in files}
-
-
-def differing(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    """Names with another hash, or that one side lacks; none where one side has nothing to compare."""
-    names = {*ours, *theirs} if ours and theirs else ()
-    return sorted(name for name in names if ours.get(name) != theirs.get(name))
+    return {name: hash_of("\n".join(texts).encode()) for name, texts in sorted(parts.items())}
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -188,13 +129,3 @@ def _name(node: ast.stmt) -> str:
     made = [getattr(node, "name", getattr(node, "target", None))]
     names = made if made[0] else getattr(node, "targets", [])
     return ", ".join(name if isinstance(name, str) else ast.unparse(name) for name in names) or "the code at the end"
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:8]
-
-
-def launcher_variables() -> dict[str, str]:
-    """Return what the environment says of the launch, without names that promise a secret."""
-    names = (name for name in sorted(os.environ) if LAUNCHER_VARIABLES.fullmatch(name) and not SECRETS.search(name))
-    return {name: os.environ[name] for name in names}

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpoint import Checkpoints, load_checkpoint
+from ..checkpoint import Checkpoints, Saves, load_checkpoint, origin
 from ..collectives import all_reduce_sum, data_parallel, on_main_process
 from ..config import RunConfig
 from ..contracts import Batch, Loader
+from ..errors import UserError
 from ..launch import strategy
-from ..lifetime import Interruption
 from ..metrics import ACCURACY, Metric
 from . import identity, profile
 from .folder import Folder
+from .interruption import Interruption
 from .lines import Lines
 from .log import Log, known_trackers
 from .nonfinite import NonFinite, refuse_pairs
 from .phases import Ledger
 from .position import Position
-from .saves import Saves
 from .summary import Summary
 from .tally import Tally
 
@@ -67,7 +67,8 @@ class Run(Position):
         on_main_process(accelerator, self.summary.begin, (run_config, data_config, config), values, data[0].record)
         kept = run_config.keep_checkpoints, run_config.async_checkpoint
         checkpoints = Checkpoints(self.files.checkpoints, accelerator, values, *kept)
-        self.saves = Saves(checkpoints, self.files, self.log, identity.origin(accelerator, config, claim.begun_from))
+        source = origin.origin(accelerator, config, claim.begun_from)
+        self.saves = Saves(checkpoints, self.say, self.log.metrics.to_disk, source)
         self.interruption = Interruption(accelerator, self.folder, run_config.time_limit)
         self.log.open(trackers, values, self.last_step)
         train_loader.noted = eval_loader.noted = self.interruption.noted
@@ -112,7 +113,7 @@ class Run(Position):
         elif self.at_epoch_end:
             self.lines.end_epoch(self, self.tally)
         self.tally.end_step(self.at_epoch_end)
-        self.saves.say_unsaved(self.saves.checkpoints.failure())
+        self.saves.report()
         reason = self.interruption.agreed(self.step)
         if self.step < self.last_step:
             self.interrupted = reason
@@ -146,7 +147,7 @@ class Run(Position):
         self.lines.resume(on_main_process(self.accelerator, self.files.go_back, self.checkpoint, self.log.metrics))
         self.log.begin_at(self.step)
         self.say(f"resumed at step {self.step} of {self.total_steps}")
-        if line := identity.warn_of_changes(self.checkpoint):
+        if line := origin.warn_of_changes(self.checkpoint):
             self.say(line)
 
     def profiling(self, evaluation_batches: int) -> AbstractContextManager:
@@ -162,7 +163,8 @@ class Run(Position):
             self.nonfinite.check()
             self.log.bar.close()
             self.interruption.close()
-            self.saves.check_interrupted(self)
+            if self.interrupted and self.saves.saved_step != self.step:
+                raise UserError(f"interrupted at step {self.step}, and this recipe keeps no checkpoints. Start again.")
             self.summary.write_end()
         self.summary.show(self.finished)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..checkpoint.origin import versions
 from ..collectives import data_parallel
 from ..contracts import Description
 from ..errors import say
 from ..files import read_json, write_json
-from ..launch import strategy
+from ..launch import launcher_variables, strategy
 from .folder import Claim, Folder
-from .identity import git_commit, launcher_variables, versions
+from .identity import git_commit
 from .lines import Lines
 from .phases import Ledger
 from .position import Position

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End a run before its time: by a signal, a STOP file or a deadline; all processes leave at the same step."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import job_folder
+from ..launch import under_torchrun
+from ..lifetime import SIGNALS
+
+REASONS = ("", "signal", "stop_file", "deadline")  # in summary.json
+CHECK_SECONDS = 1.0  # between two agreements; a message costs up to 0.8 ms, and a step is to wait for 0.1 % at most
+WATCH_SECONDS = 1.0  # between two looks at the STOP file, which lies on a parallel file system
+# Seconds before a job's end that its launcher and Slurm keep for themselves. The first save, which nothing has
+# measured yet, has them too: 12 GB at 200 MB/s.
+MARGIN = 60
+
+
+class Interruption:
+    """Each process notes what it alone can see; `agreed` gives all of them the same answer at the same step.
+
+    A handler only sets a flag, so that no signal, nor a second one, can harm a save. The processes exchange one small
+    message through gloo about every CHECK_SECONDS; it travels while they train, and is read a step later.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, time_limit: float):
+        """time_limit: seconds from now; 0 is the end of Slurm's job, where there is one."""
+        self.stop_file = folder / "STOP"
+        self.job_stop_file = (job_folder() or folder) / "STOP"  # slurm/launch.sh's, for a signal; new in each start
+        self.watches, self.watched = accelerator.is_main_process, 0.0  # the file and the clock; when it last did
+        self.seen, self.steps_between, self.next_check = 0, 1, 0
+        self.asked: tuple[float, int] | None = None  # when, and after which step
+        self.reserve = 0.0  # seconds that a save and an evaluation took, at most
+        self.deadline = _deadline(time_limit) if self.watches else 0
+        # A group of its own: no other message may come between.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.flags = torch.zeros(2, dtype=torch.float64)
+        self.message = None
+        if self.watches:
+            self.stop_file.unlink(missing_ok=True)  # it was meant for a former start
+        # torchrun handles SIGHUP even under nohup: it passes the signal to its workers, and kills them 30 s later.
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not under_torchrun()
+        for number in SIGNALS:
+            if number != signal.SIGHUP or not nohup:
+                signal.signal(number, self._note_signal)
+
+    def note(self, reason: str) -> None:
+        """To be agreed on; of several reasons the last one of the list wins."""
+        self.seen = max(self.seen, REASONS.index(reason))
+
+    def _note_signal(self, number: int, frame) -> None:
+        first = not self.seen
+        self.note("signal")
+        if self.watches and first:
+            line = f"\n{signal.Signals(number).name}: a checkpoint comes after this step, then the end\n"
+            with contextlib.suppress(OSError):  # Ctrl-C ends a `2>&1 | tee log` first
+                os.write(2, line.encode())
+
+    def _watch(self) -> None:
+        if time.monotonic() - self.watched < WATCH_SECONDS:
+            return
+        self.watched = time.monotonic()
+        if self.job_stop_file.exists():
+            self.note("signal")
+        if self.stop_file.exists():
+            self.note("stop_file")
+        if self.deadline and time.time() + 1.5 * self.reserve + WATCH_SECONDS > self.deadline:
+            self.note("deadline")
+
+    def noted(self) -> str:
+        """The reason to stop that this process can see, or an empty string; for who waits between two steps."""
+        self._watch()
+        return REASONS[self.seen]
+
+    def agreed(self, step: int) -> str:
+        """The reason to stop after this step, or an empty string; every process must call it after every step."""
+        if self.watches:
+            self._watch()
+        if self.group is None:
+            return REASONS[self.seen]
+        answer = self._answer()
+        if not answer and step >= self.next_check:
+            self._ask(step)
+            self.next_check = step + self.steps_between
+        return answer
+
+    def _ask(self, step: int) -> None:
+        now = time.monotonic()
+        seconds_per_step = (now - self.asked[0]) / (step - self.asked[1]) if self.asked else 0.0
+        self.asked = now, step
+        self.flags[0], self.flags[1] = self.seen, seconds_per_step
+        maximum = torch.distributed.ReduceOp.MAX
+        self.message = torch.distributed.all_reduce(self.flags, maximum, group=self.group, async_op=True)
+
+    def _answer(self) -> str:
+        if self.message is None:
+            return ""
+        self.message.wait()
+        self.message = None
+        seen, seconds_per_step = self.flags.tolist()
+        if seconds_per_step:
+            self.steps_between = max(1, int(CHECK_SECONDS / seconds_per_step))
+        return REASONS[int(seen)]
+
+    def close(self) -> None:
+        """Read the last message, so that no process leaves before its peers have it."""
+        self._answer()
+        if self.watches:
+            self.stop_file.unlink(missing_ok=True)
+
+
+def _deadline(time_limit: float) -> float:
+    """In Unix time; 0 is none. A shell may keep the end of a job that is over; a job without a limit has no number."""
+    if time_limit:
+        return time.time() + time_limit
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    end = int(text) if text.isdecimal() else 0
+    # slurm/launch.sh has looked at it; a process that starts slowly may find that it has just passed.
+    ours = job_folder() or ("SLURM_JOB_ID" in os.environ and end > time.time())
+    return end - MARGIN if end and ours else 0
