@@ -363,28 +363,32 @@ def test_smoke_knows_every_recipe_and_its_launch(server, monkeypatch):
     refused = python("tools/smoke.py", "no_such", server=server)
     assert refused.returncode == 1
     assert refused.stderr.endswith(f"There are: {', '.join(path.stem for path in RECIPES)}.\n")
-    monkeypatch.syspath_prepend(ROOT / "tools")
+    for folder in ("tools", "recipes"):
+        monkeypatch.syspath_prepend(ROOT / folder)
     for recipe in RECIPES:
-        words = importlib.import_module("smoke").command(recipe, "folder")
+        words = importlib.import_module("smoke").command(importlib.import_module(recipe.stem), "folder")
         assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
         assert resolve(words[3:], monkeypatch) in LAUNCHED
 
 
 def test_smoke_runs_what_is_there_and_reports_a_failure(server, tmp_path):
-    """Two networks, and two that train nothing, of which one fails."""
+    """Two networks, and three that train nothing, of which two fail."""
     for name in ("tools", "shared", "accelerate_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/shared").symlink_to("../shared")
     for name in ("resnet", "vit"):
         shutil.copy(ROOT / f"recipes/{name}.py", tmp_path / "recipes")
-    (tmp_path / "recipes/broken.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "recipes/absent.py").write_text("import no_such_library\n")
+    (tmp_path / "recipes/broken.py").write_text("if __name__ == '__main__':\n    raise SystemExit(3)\n")
     process = python(tmp_path / "tools/smoke.py", server=server)
     assert process.returncode == 1
     assert "--- exit status " in process.stderr
+    assert "ModuleNotFoundError: No module named 'no_such_library'\n" in process.stderr
     rows = [row.split() for row in process.stdout.splitlines()[1:]]
-    assert [row[:2] for row in rows] == [["broken", "fail"], ["resnet", "pass"], ["vit", "pass"]], process.stderr
-    assert all(float(seconds) > 1 and float(mebibytes) > 100 for _, _, seconds, mebibytes, _ in rows[1:])
+    expected = [["absent", "fail"], ["broken", "fail"], ["resnet", "pass"], ["vit", "pass"]]
+    assert [row[:2] for row in rows] == expected, process.stderr
+    assert all(float(seconds) > 1 and float(mebibytes) > 100 for _, _, seconds, mebibytes, _ in rows[2:])
     (tmp_path / "recipes/broken.py").write_text("print('sound')\n")
     assert python(tmp_path / "tools/smoke.py", "broken", server=server).returncode == 0
 

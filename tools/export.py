@@ -4,11 +4,12 @@
     python tools/export.py runs/vit-1d2f3a4b weights                              # the newest whole checkpoint
     python tools/export.py runs/vit-1d2f3a4b weights --checkpoint step-00000308
 
-A ViT becomes a folder for transformers: `ViTForImageClassification.from_pretrained("weights")`, or a recipe's
-`--pretrained weights`. Any other network becomes model.safetensors, beside a config.json with the recipe's
-configuration and the classes. The folder is there as soon as it is complete. Then it is read again and evaluated on
-the run's held-out images, or --images of them, in fp32 by one process, with what the run's own recipe builds; the
-accuracy must be the checkpoint's. The result is in check.json beside the weights: without it they are not checked.
+A network of transformers, such as the ViTs', becomes a folder for that library: for
+`ViTForImageClassification.from_pretrained("weights")`, or a recipe's `--pretrained weights`. Any other network becomes
+model.safetensors, beside a config.json with the recipe's configuration and the classes. The folder is there as soon as
+it is complete. Then it is read again and evaluated on the run's held-out images, or --images of them, in fp32 by one
+process, with what the run's own recipe builds; the accuracy must be the checkpoint's. The result is in check.json
+beside the weights: without it they are not checked.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import ViTImageProcessor
 from transformers.utils import logging
 
 import shared
@@ -182,11 +183,14 @@ def write(
 ) -> Callable[[Path], torch.nn.Module]:
     """Fill the folder; returns what reads the network from it, wherever it lies by then."""
     mean, std = ([value / 255 for value in values] for values in pixel_statistics(recipe, config))
-    if any(name.startswith("vit.embeddings.") for name in weights):
-        write_vit(folder, vit_config(recipe, images, config, run["classes"]), weights)
+    with torch.device("meta"):
+        network = recipe.build_model(images, config, len(run["classes"]), seed=0)
+    kinds = (kind for kind in type(network).__mro__ if kind.__module__.startswith("transformers."))
+    if kind := next(kinds, None):  # the library's own class, which anyone can load
+        write_for_transformers(folder, kind, network.config, run["classes"], weights)
         size = {"height": images.image_size, "width": images.image_size}
         ViTImageProcessor(size=size, image_mean=mean, image_std=std).save_pretrained(folder)
-        return ViTLogits.from_pretrained
+        return lambda folder: Logits(kind.from_pretrained(folder))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     classes = {"num_classes": len(run["classes"]), "classes": run["classes"]}
     values = (
@@ -207,23 +211,13 @@ def pixel_statistics(recipe: ModuleType, config) -> tuple[list[float], list[floa
     return own or (loaders.MEAN, loaders.STD)
 
 
-def write_vit(folder: Path, network: ViTConfig, weights: dict[str, Tensor]) -> None:
+def write_for_transformers(folder: Path, kind: type, config, classes: list[str], weights: dict[str, Tensor]) -> None:
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
     with torch.device("meta"):  # the weights take its place
-        model = ViTForImageClassification(network)
-    fill(model, weights)
-    model.save_pretrained(folder)
-
-
-def vit_config(recipe: ModuleType, images, config, classes: list[str]) -> ViTConfig:
-    """Sizes by the recipe's name for them, or of what it fine-tuned, and the classes by name."""
-    if getattr(config, "pretrained", ""):
-        network = ViTConfig.from_pretrained(recipe.find_pretrained(config.pretrained))
-        network.image_size = images.image_size
-    else:
-        network = recipe.vit_config(config.model, images.image_size, config.patch_size, len(classes), 0.0)
-    network.id2label = dict(enumerate(classes))
-    network.label2id = {name: number for number, name in enumerate(classes)}
-    return network
+        network = kind(config)
+    fill(network, weights)
+    network.save_pretrained(folder)
 
 
 def read(folder: Path, recipe: ModuleType, images, config) -> torch.nn.Module:
@@ -252,11 +246,15 @@ def make_readable(folder: Path) -> None:
 # Proof
 
 
-class ViTLogits(ViTForImageClassification):
-    """As transformers reads it; gives the logits alone, as the recipes' networks do."""
+class Logits(torch.nn.Module):
+    """A network of transformers that gives the logits alone, as the recipes' do."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(pixel_values=images).logits
+        return self.network(pixel_values=images).logits
 
 
 def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SHORT, Result, add_made_up_machine, blocks, environment, train
 
-from shared.lifetime import WATCH_SECONDS
+from shared.run.interruption import WATCH_SECONDS
 from slurm.cluster import ENDED, NODES, Cluster, Job, wait_for
 
 MACHINES = tomllib.loads((ROOT / "slurm/machines.toml").read_text())
