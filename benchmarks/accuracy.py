@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy and time of the demonstration over several seeds.
+"""Measure accuracy and time of the demonstration over several seeds.
 
     python benchmarks/accuracy.py [--recipe vit] [--seeds 5] [any flag of the recipe]
 
-Runs the plain public command once a seed, and writes benchmarks/results/accuracy_<recipe>_<hardware>_<date>.json.
+Runs the plain public command once per seed, and writes benchmarks/results/accuracy_<recipe>_<hardware>_<date>.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def train(recipe: str, seed: int, flags: list[str]) -> dict:
-    """The summary of one run."""
+    """Return the summary of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *LAUNCH, f"recipes/{recipe}.py", *flags]
         words = [*command, "--seed", str(seed), "--output_dir", f"{folder}/run"]

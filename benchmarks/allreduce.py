@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bandwidth of the all-reduce that data parallelism waits for, by message size: NCCL on GPUs, gloo on CPU processes.
+"""Measure the bandwidth of data parallelism's all-reduce by message size: NCCL on GPUs, gloo on CPU processes.
 
     accelerate launch --config_file accelerate_configs/local_ddp.yaml --num_processes 2 benchmarks/allreduce.py
     sbatch --nodes=2 --time=00:10:00 -A PROJECT@h100 slurm/h100.slurm ddp benchmarks/allreduce.py   # not yet run
@@ -33,11 +33,11 @@ GRADIENTS = {"ResNet-50": 25_557_032, "ViT-B/16": 86_567_656}  # parameters, in 
 
 @dataclass
 class Config:
-    """What is sent."""
+    """The messages to send."""
 
-    largest: int = HfArg(default=256, help="message, MiB; from 4 KiB on by factors of 4")
-    rounds: int = HfArg(default=10, help="of each size, after one that warms up")
-    gradient_accumulation_steps = 1  # no flag: build_accelerator wants to know, and nothing is trained here
+    largest: int = HfArg(default=256, help="largest message, MiB; sizes start at 4 KiB, by factors of 4")
+    rounds: int = HfArg(default=10, help="rounds of each size, after one that warms up")
+    gradient_accumulation_steps = 1  # no flag: build_accelerator reads it, and nothing is trained here
 
 
 def main(config: Config) -> None:
@@ -66,13 +66,13 @@ def buckets(size: int) -> list[int]:
 
 
 def reduce(buffer: torch.Tensor, parts: list[int]) -> None:
-    """All at once, as DDP does while the backward goes on."""
+    """Reduce all parts at once, as DDP does during the backward."""
     for work in [dist.all_reduce(buffer[: size // 4], async_op=True) for size in parts]:
         work.wait()
 
 
 def slowest(accelerator: Accelerator, function: Callable[[], None]) -> float:
-    """Seconds, from when all are there to when the last one is done."""
+    """Return the seconds from when all processes are ready until the last one is done."""
     accelerator.wait_for_everyone()
     begin = time.perf_counter()
     function()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to be able to go on: saves beside plain writes, the loop's wait, the check for signals, a resume.
+"""Measure what resuming costs: saves beside plain writes, the loop's wait, the check for signals, a resumed start.
 
     python benchmarks/checkpoint.py [--model resnet50] [--processes 2] [--rounds 7] [--folder .]
 
@@ -42,8 +42,8 @@ BEFORE = 9  # steps before a resume: within an epoch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50", help="torchvision's name")
-    parser.add_argument("--processes", type=int, default=2, help="of one machine")
-    parser.add_argument("--rounds", type=int, default=7, help="of each kind, after one that warms up")
+    parser.add_argument("--processes", type=int, default=2, help="processes, of one machine")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each kind, after one that warms up")
     parser.add_argument("--checks", type=int, default=10, help="measurements of a check's cost, 50 steps each")
     parser.add_argument("--starts", type=int, default=5, help="pairs of starts of the recipe")
     parser.add_argument("--folder", default=".", help="where to write: the file system that is measured")
@@ -78,7 +78,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def work(options, folder: Path) -> None:
-    """In every process: measure, and let rank 0 write measured.json."""
+    """Measure in every process; rank 0 writes measured.json."""
     config = resnet.Config(model=options.model)
     accelerator = build_accelerator(0, config)
     model = resnet.build_model(None, config, 10, seed=0)
@@ -113,7 +113,7 @@ def dd(accelerator, path: Path, size: int) -> None:
 
 
 def seconds(accelerator, function: Callable[[], None]) -> float:
-    """With nothing left to write from before."""
+    """Return the seconds of a call, made when all earlier writes are on the disk."""
     os.sync()
     accelerator.wait_for_everyone()
     begin = time.perf_counter()
@@ -122,7 +122,7 @@ def seconds(accelerator, function: Callable[[], None]) -> float:
 
 
 def check_seconds(accelerator, folder: Path, checks: int) -> list[float]:
-    """Seconds that the check takes a step, as means over fifty steps."""
+    """Return the seconds that the check takes per step, as means over fifty steps."""
     interruption, means = Interruption(accelerator, folder, 3600), []
     for _ in range(checks):
         total = 0.0
@@ -140,7 +140,8 @@ def check_seconds(accelerator, folder: Path, checks: int) -> list[float]:
 
 
 def start_seconds(arguments, base: Path) -> tuple[float, float]:
-    """From the command to the end of the first step: of a plain start, and of one that resumes within an epoch."""
+    """Return the seconds from the command to the end of the first step: of a plain start, and of one that resumes
+    within an epoch."""
     fresh, resumed = base.with_name("fresh"), base.with_name("resumed")
     for folder in (fresh, resumed):
         shutil.rmtree(folder, ignore_errors=True)
@@ -149,7 +150,7 @@ def start_seconds(arguments, base: Path) -> tuple[float, float]:
 
 
 def start(arguments, folder: Path, last_step: int) -> float:
-    """Train to this step, the first one of this start; seconds until metrics.jsonl has it."""
+    """Train to this step, the first one of this start; return the seconds until metrics.jsonl has it."""
     flags = ["--model", arguments.model, "--report_to", "none", "--logging_steps", "1", "--output_dir", folder]
     begin = time.perf_counter()
     process = launch(arguments, ROOT / "recipes/resnet.py", *flags, "--max_steps", last_step)

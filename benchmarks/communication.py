@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectives and bytes of one training step under each strategy, counted, beside the arithmetic.
+"""Count the collectives and bytes of one training step under each strategy, beside the arithmetic.
 
     python benchmarks/communication.py                                             # all: 22 launches
     python benchmarks/communication.py --models demo --ranks 2 --strategies fsdp   # one launch: under 30 s
@@ -106,13 +106,13 @@ class Collectives(TorchDispatchMode):
 
 
 def group_size(group) -> int:
-    """Of a name (functional collectives) or of what the dispatcher boxes."""
+    """Return the size of a group that is given by name (functional collectives) or boxed by the dispatcher."""
     group = _resolve_process_group(group) if isinstance(group, str) else group
     return (group if isinstance(group, ProcessGroup) else ProcessGroup.unbox(group)).size()
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One process of a launch: note the calls of a step, and write them."""
+    """Run one process of a launch: note the calls of a step, and write them."""
     recipe, images, config = launches.recipe_and_config(arguments, STRATEGIES)
     watch = Collectives()
     rank = launches.train(recipe, images, config, arguments.worker, watch)
@@ -123,7 +123,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def formula(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> dict[str, tuple[float, int]]:
-    """Payload bytes of a step on this rank, and the size of the group, of each collective."""
+    """Return, for each collective, the payload bytes of a step on this rank and the size of the group."""
     shapes, tensor, stages = shapes_of(model), *(sizes.get(f"{kind}_parallel_size", 1) for kind in CUTS)
     whole, data = 4 * sum(map(math.prod, shapes.values())), ranks // (tensor * stages)
     images = BATCH // data
@@ -134,7 +134,7 @@ def formula(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> di
         # forward and again for the backward instead (arXiv:1910.02054, section 7).
         return {"reduce-scatter": (whole, ranks), "all-gather": ((1 + (strategy == "zero3")) * whole, ranks)}
     if strategy.startswith("pp"):
-        # Activations of all chunks to the next stage, their gradients to the former one.
+        # Activations of all chunks to the next stage, their gradients to the previous one.
         stage = rank // data
         mine = [shape for name, shape in shapes.items() if stage_of(name, shapes, stages) == stage]
         sent = {"send": (((stage < stages - 1) + (stage > 0)) * activations(model, images), stages)}
@@ -154,15 +154,15 @@ def formula(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> di
 
 
 def activations(model: str, images: int, multiple: int = 1) -> int:
-    """Bytes between two blocks: images x tokens x width in fp32, the tokens rounded up to a multiple."""
+    """Return the bytes between two blocks: images x tokens x width in fp32, the tokens rounded up to a multiple."""
     image_size, patch_size = image_of(model).values()
     tokens = (image_size // patch_size) ** 2 + 1
     return 4 * images * -(-tokens // multiple) * multiple * SIZES[model][0]
 
 
 def of_fsdp(strategy: str, shapes: dict, ranks: int, tensor: int) -> dict[str, tuple[float, int]]:
-    """Blocks are gathered for the forward and again for the backward; the root's weights (embeddings, last norm, head)
-    once, since they stay. Rows are rounded up to a multiple of the shards."""
+    """Return FSDP2's collectives. Blocks are gathered for the forward and again for the backward; the root's
+    weights (embeddings, last norm, head) once, since they stay. Rows are rounded up to a multiple of the shards."""
     replicas = REPLICAS if strategy == "hsdp" else 1
     shards, blocks, root = ranks // (tensor * replicas), 0, 0
     for name, shape in shapes.items():
@@ -174,8 +174,8 @@ def of_fsdp(strategy: str, shapes: dict, ranks: int, tensor: int) -> dict[str, t
 
 
 def rows_of(case: dict, calls: list, expected: dict) -> Iterator[dict]:
-    """A row for each collective of one rank; `off` where its payload is not within 5 % of the formula's, or where the
-    formula has none and it is more than 1 % of what the rank sends."""
+    """Yield a row for each collective of one rank; `off` where its payload is not within 5 % of the formula's, or
+    where the formula has none and it is more than 1 % of what the rank sends."""
     by_name = defaultdict(list)
     for collective, size, group in calls:
         if group > 1:  # vit_tp.py's FSDP2 also calls for groups of one process, which send nothing
@@ -192,12 +192,13 @@ def rows_of(case: dict, calls: list, expected: dict) -> Iterator[dict]:
 
 
 def ring_share(collective: str, group: int) -> float:
-    """Bytes that a rank sends of each byte of the payload."""
+    """Return the bytes that a rank sends per byte of the payload."""
     return 1 if collective == "send" else (2 if collective == "all-reduce" else 1) * (group - 1) / group
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """For each model, what the rank that sends most sends by rings in a step; broadcasts and scalars are too small."""
+    """Plot, for each model, what the rank that sends most sends by rings in a step; broadcasts and scalars are too
+    small."""
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -231,7 +232,7 @@ def plot_model(axes, model: str, rows: list[dict]) -> None:
 
 
 def shown(row: dict) -> dict:
-    """A line of the printed table, MiB."""
+    """Return a line of the printed table, in MiB."""
     line = {name.replace("_bytes", "_MiB"): value for name, value in row.items() if name not in ("off", "why")}
     for name in ("payload", "ring", "formula", "formula_ring"):
         line[f"{name}_MiB"] = row[f"{name}_bytes"] / MIB

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a training waits for its images: recipes/resnet.py on JPEGs, with each loader, on one GPU.
+"""Measure how long a training waits for its images: recipes/resnet.py on JPEGs, with each loader, on one GPU.
 
     python benchmarks/data_wait.py                                    # ResNet-50, 224 px, bf16, channels-last, compile
     python benchmarks/data_wait.py --data $DSDIR/imagenet --num_workers 8
 
 Without `--data` the images are crops of scikit-learn's two photographs, 470 x 385 pixels in 91 kB, listed in a CSV
 often enough to make epochs of `--images`; they come from the page cache. Each recipe runs `--max_steps` steps in turn,
-`--rounds` times; of each run the windows of ten steps count that lie within an epoch and after the first forty steps
+`--rounds` times; of each run only windows of ten steps count that lie within an epoch and after the first forty steps
 (compilation, warm-up). data_wait_fraction is the share of a window that the training loop stood still for a batch.
 Goal: less than 3 % with 16 cores. Writes
 benchmarks/results/data_wait_<hardware>_<date>.json.
@@ -36,12 +36,12 @@ def main() -> None:
     add("--recipes", default="resnet", help="comma list: resnet, resnet_dali, ...; in turn")
     add("--model", default="resnet50", help="torchvision's name (%(default)s)")
     add("--image_size", default="224", help="pixels (%(default)s)")
-    add("--global_batch_size", default="256", help="images a step (%(default)s)")
+    add("--global_batch_size", default="256", help="images per step (%(default)s)")
     add("--mixed_precision", default="bf16", help="%(default)s")
     add("--num_workers", default=str(max(1, cores() - 1)), help="loader processes (all cores but one: %(default)s)")
-    add("--no_compile", action="store_true", help="the network as it is")
-    add("--images", type=int, default=40_000, help="of an epoch, where there is no --data (%(default)s)")
-    add("--max_steps", default="150", help="of each run (%(default)s)")
+    add("--no_compile", action="store_true", help="do not compile the network")
+    add("--images", type=int, default=40_000, help="images of an epoch, without --data (%(default)s)")
+    add("--max_steps", default="150", help="steps of each run (%(default)s)")
     add("--rounds", type=int, default=2, help="runs of each recipe (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def make_images(folder: Path, count: int) -> Path:
-    """512 photographs, which the CSV lists over and over: an epoch of `count`, and 256 held out."""
+    """Write 512 photographs and a CSV that lists them over and over: an epoch of `count`, and 256 held out."""
     folder.mkdir()
     images = list(photographs(512))
     for number, (data, _) in enumerate(images):
@@ -78,7 +78,7 @@ def make_images(folder: Path, count: int) -> Path:
 
 
 def train(recipe: str, data: str, folder: Path, arguments: argparse.Namespace) -> list[dict]:
-    """The lines of the windows that count, of one run."""
+    """Return the lines of those windows of one run that count."""
     command = [
         sys.executable,
         "-m",
@@ -101,7 +101,7 @@ def train(recipe: str, data: str, folder: Path, arguments: argparse.Namespace) -
 
 
 def within_epochs(lines: list[dict]) -> Iterator[dict]:
-    """Without those of the warm-up and the first of each epoch."""
+    """Yield the lines but those of the warm-up and the first of each epoch."""
     for former, line in itertools.pairwise(lines):
         if former["epoch"] == line["epoch"] and former["step"] >= WARMUP:
             yield line

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to open a data set of ImageNet's size: its list of samples built once, then mapped from the cache.
+"""Measure the cost of opening a data set of ImageNet's size: its index is built once, then mapped from the cache.
 
     python benchmarks/index.py                        # 1,281,167 images in 1,000 tar shards, some 2.6 GB of empty ones
     python benchmarks/index.py --samples 10000 --shards 10
@@ -41,7 +41,7 @@ print(seconds, psutil.Process().memory_full_info().uss - before)
 
 
 def write_shards(folder: Path, samples: int, shards: int) -> None:
-    """KEY.jpg, empty, and KEY.cls in webdataset's convention; and one held-out shard."""
+    """Write shards of KEY.jpg, empty, and KEY.cls in webdataset's convention, and one held-out shard."""
     for part, first, last in [("train", 0, shards), ("val", shards, shards + 1)]:
         (folder / part).mkdir()
         for shard in range(first, last):
@@ -54,7 +54,7 @@ def write_shards(folder: Path, samples: int, shards: int) -> None:
 
 
 def opened(folder: Path, samples: int) -> tuple[float, float]:
-    """Seconds and megabytes, in a process of its own."""
+    """Return seconds and megabytes of opening the data, in a process of its own."""
     code = OPEN.format(root=ROOT, data=folder / "data", samples=samples)
     environment = os.environ | {"SCRATCH": str(folder)}
     pipes = {"check": True, "stdout": subprocess.PIPE, "text": True}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job adds to a launch, from its start to the first training step; and what the preflight takes by itself.
+"""Measure what a job adds to a launch, from its start to the first step; and what the preflight takes by itself.
 
     python benchmarks/job_start.py [--rounds 3]
 
-On a Slurm of this machine (tests/slurm/cluster.py; needs Debian's slurm-wlm and munge), one CPU process of one node:
-`accelerate launch` by hand; the same as a job without a preflight, as one of slurm/submit.sh is, which has made it; as
-one of plain sbatch, which makes it. In turn, each in a folder of its own. A job starts with the first line of its
-script; the step is done when it stands in metrics.jsonl. The seconds to the launcher are what the job adds by itself,
-on a machine that is busy with other things too. Prints a table and writes
+On a Slurm of this machine (tests/slurm/cluster.py; needs Debian's slurm-wlm and munge), with one CPU process on one
+node, in turn: `accelerate launch` by hand; a job by slurm/submit.sh, which has made the preflight before; a job by
+plain sbatch, which makes the preflight itself. Each has a folder of its own. A job starts with the first line of its
+script; the step is done when metrics.jsonl has it. The seconds to the launcher are what the job adds by itself, on a
+machine that is busy with other things too. Prints a table and writes
 benchmarks/results/job_start_<hardware>_<date>.json.
 """
 
@@ -41,7 +41,7 @@ JOB = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind (%(default)s)")
     rounds = parser.parse_args().rounds
     if missing():
         print(f"error: no {', '.join(missing())}. Install slurm-wlm and munge.", file=sys.stderr)
@@ -78,7 +78,7 @@ def measure(cluster: Cluster, folder: Path, rounds: int) -> list[dict]:
 
 
 def row(name: str, values: list[tuple[float, float | None]], base: list[float]) -> dict:
-    """Seconds; what is added is taken round by round."""
+    """Return a row of seconds; what a job adds is the difference within each round."""
     seconds, launchers, waits = zip(*values, strict=True)
     result = {"what": name, "seconds": median_and_spread(seconds)}
     if name.startswith("job"):
@@ -100,7 +100,8 @@ def local(cluster: Cluster, run: Path) -> tuple[float, None, None]:
 
 
 def job(cluster: Cluster, run: Path, **variables: str) -> tuple[float, float, float]:
-    """Seconds from the job's start to the step, from its start to the launcher's, from its submission to its start."""
+    """Return the seconds from the job's start to the step, from its start to the launcher's, and from its
+    submission to its start."""
     (run / "begin.sh").write_text("date +%s.%N >begin\nexport PATH=$PWD:$PATH\n")
     note = "[[ $2 == accelerate.commands.launch ]] && date +%s.%N >launcher"
     (run / "python").write_text(f'#!/bin/bash\n{note}\nexec {sys.executable} "$@"\n')
@@ -115,7 +116,7 @@ def job(cluster: Cluster, run: Path, **variables: str) -> tuple[float, float, fl
 
 
 def first_step(run: Path, failed: Callable) -> float:
-    """When metrics.jsonl had its first line."""
+    """Return when metrics.jsonl had its first line."""
     metrics, looked = run / "run/metrics.jsonl", 0
     while not (metrics.exists() and metrics.stat().st_size):
         looked += 1

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest Vision Transformer that trains on one device, with each way to put memory elsewhere.
+"""Find the largest Vision Transformer that trains on one device, with each way to save its memory.
 
     python benchmarks/largest.py                              # S to G, 224 px, batch 32, every case
     python benchmarks/largest.py --sizes B,L --cases whole    # some
 
 Each pair is one launch of recipes/vit_zero.py or recipes/vit.py for a few steps on random images; a size is not tried
-where a smaller one had no room. Sizes between the named ones are not. Writes benchmarks/results/largest_*.json.
+where a smaller one had no room, nor are sizes between the named ones. Writes benchmarks/results/largest_*.json.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, words = parser.add_argument, lambda text: text.split(",")
-    add("--sizes", type=words, default="S,B,L,H,g,G", help="rising (%(default)s)")
+    add("--sizes", type=words, default="S,B,L,H,g,G", help="comma list, rising (%(default)s)")
     add("--cases", type=words, default=",".join(CASES), help="%(default)s")
     add("--batch_size", type=int, default=32, help="images per step (%(default)s)")
     add("--image_size", type=int, default=224, help="pixels (%(default)s)")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def make_images(folder: Path, count: int, image_size: int) -> Path:
-    """Noise in two classes: memory does not depend on what is seen."""
+    """Write noise in two classes: memory does not depend on what is seen."""
     pixels = np.random.default_rng(0).integers(256, size=(image_size, image_size, 3), dtype=np.uint8)
     for part, number in (("train", count), ("val", 2)):
         for index in range(number):
@@ -68,7 +68,7 @@ def make_images(folder: Path, count: int, image_size: int) -> Path:
 
 
 def climb(case: str, arguments: argparse.Namespace, images: Path, folder: Path) -> list[dict]:
-    """A row a size, up to the first that has no room."""
+    """Return a row per size, up to the first that has no room."""
     rows = []
     for size in arguments.sizes:
         rows.append({"case": case, "model": size} | train(case, size, arguments, images, folder / f"{case}-{size}"))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the Vision Transformer's recipes as the benchmarks of memory and communication count them: for each
-strategy the recipe, its YAML and its sizes; two steps of the recipe's own loop on made-up images, the second watched.
-"""
+"""Launch the Vision Transformer's recipes for the benchmarks of memory and communication: for each strategy the
+recipe, its YAML and its sizes; two steps of the recipe's own loop on made-up images, the second watched."""
 
 import argparse
 import importlib
@@ -74,7 +73,7 @@ def image_of(model: str) -> dict[str, int]:
 
 
 def configs_of(recipe, model: str, **values) -> tuple[ImageConfig, object]:
-    """The image settings and the recipe's own."""
+    """Return the image settings and the recipe's own."""
     image_size, patch_size = image_of(model).values()
     return ImageConfig(image_size=image_size), recipe.Config(model=model, patch_size=patch_size, **values)
 
@@ -89,14 +88,15 @@ def shapes_of(model: str) -> dict[str, torch.Size]:
 
 
 def recipe_and_config(arguments: argparse.Namespace, strategies: dict[str, Strategy]) -> tuple:
-    """Of a worker's one strategy and model."""
+    """Return the recipe and the settings of a worker's one strategy and model."""
     model, strategy = arguments.models[0], strategies[arguments.strategies[0]]
     recipe, sizes = importlib.import_module(strategy.recipe), strategy.sizes(int(os.environ["WORLD_SIZE"]))
     return recipe, *configs_of(recipe, model, global_batch_size=BATCH, **sizes)
 
 
 def build(recipe, accelerator, images: ImageConfig, config) -> tuple:
-    """As the recipe's main does: the model, what else its loop takes of a pipeline, the optimizer, the scheduler."""
+    """Build as the recipe's main does: the model, what else its loop takes of a pipeline, the optimizer, the
+    scheduler."""
     builders = recipe.build_model, recipe.build_optimizer
     last = [[accelerator] * ("accelerator" in signature(each).parameters) for each in builders]
     model = recipe.build_model(images, config, CLASSES, 0, *last[0])
@@ -114,7 +114,7 @@ def build(recipe, accelerator, images: ImageConfig, config) -> tuple:
 
 
 def blank_images(accelerator, images: ImageConfig, config) -> Loader:
-    """As much of a data set as a run looks at: black images, all one piece of memory."""
+    """Return a loader of as much data as a run looks at: black images, all one piece of memory."""
     batch, size, (rank, processes) = config.global_batch_size, images.image_size, data_parallel(accelerator)
     count = STEPS * batch
     pixels = np.broadcast_to(np.zeros((1, size, size, 3), np.uint8), (count, size, size, 3))
@@ -132,7 +132,7 @@ def train(
     watch: AbstractContextManager,
     before_update: Callable | None = None,
 ) -> int:
-    """Two steps of the recipe's own loop on made-up images, the second watched; returns this process's rank."""
+    """Run two steps of the recipe's own loop on made-up images, the second watched; return this process's rank."""
     accelerator = build_accelerator(0, config, getattr(recipe, "STRATEGIES", ("ddp",)))
     model, pipeline, optimizer, scheduler = build(recipe, accelerator, settings, config)
     flags = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "resume_from_checkpoint": "never"}
@@ -168,7 +168,7 @@ def train(
 
 
 def real_cases(arguments: argparse.Namespace, strategies: dict[str, Strategy]) -> Iterator[tuple[dict, dict, list]]:
-    """The case, the recipe's sizes, and what each rank wrote."""
+    """Yield the case, the recipe's sizes, and what each rank wrote."""
     for model, name in itertools.product(arguments.models, arguments.strategies):
         possible = strategies[name].ranks
         for ranks in [each for each in possible if each in (arguments.ranks[model] or possible[-1:])]:
@@ -188,7 +188,7 @@ def tensor_of(sizes: dict) -> dict:
 
 
 def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
-    """What each rank of the worker, in the benchmark that runs, wrote."""
+    """Run the worker of this benchmark on these ranks; return what each of them wrote."""
     config = str(ROOT / "accelerate_configs" / f"local_{strategy.config}.yaml")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
@@ -201,7 +201,8 @@ def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
 
 
 def parse(description: str, strategies: dict[str, Strategy], default_ranks: dict[str, tuple]) -> argparse.Namespace:
-    """The command line; `ranks` becomes those of each model. Default ranks of () are the most that a strategy has."""
+    """Parse the command line; `ranks` becomes those of each model. Default ranks of () are the most that a strategy
+    has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = (
         parser.add_argument,
@@ -226,5 +227,5 @@ def words(text: str) -> list[str]:
 
 
 def results_name(benchmark: str) -> str:
-    """A run of selected cases does not replace the whole one of that day."""
+    """Return the name of the results: a run of selected cases does not replace that day's whole one."""
     return benchmark if len(sys.argv) == 1 else f"{benchmark}_part"

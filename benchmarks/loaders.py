@@ -31,38 +31,24 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from contestants import DEVICE, LOADERS, ON_GPU, Epoch, decode_only, installed, ours, training_views
 from PIL import Image
 from report import ROOT, cores, median_and_spread, table, write
-from torch.utils.data import DataLoader
-from torchvision import datasets as folders
-from torchvision import transforms
-
-sys.path.insert(0, str(ROOT / "recipes"))
-import resnet_dali
-import resnet_torchdata
-import resnet_webdataset
 
 from shared.config import expand_home
 from shared.errors import UserError
-from shared.images import Batch, Loader, Views, decode, open_data
-from shared.images.loader import MEAN, PREFETCH, STD, WorkerLoader
-from shared.images.views import training_view
+from shared.images import Batch, Loader, open_data
+from shared.images.loader import PREFETCH, WorkerLoader
 from shared.lifetime import die_with_parent
-from shared.order import TrainingOrder
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 PAIRS = 20  # of one worker and two, a round
 EPOCHS = 20  # over which a worker's memory is looked at
-Epoch = Callable[[], Iterator[int]]  # one pass over the images: how many each batch has
-STREAMS = {"rank": 0, "size": 1, "read_shards": resnet_webdataset.read_shards}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -94,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def images_of(args: argparse.Namespace) -> list[tuple[bytes, int]]:
-    """(encoded, label) of `--images` images, evenly over the training images."""
+    """Return (encoded, label) of `--images` images, evenly spread over the training images."""
     if args.data == "photographs":
         return list(photographs(args.images))
     source, _ = open_data(args.data, args.val_fraction, 0)
@@ -104,7 +90,7 @@ def images_of(args: argparse.Namespace) -> list[tuple[bytes, int]]:
 
 
 def photographs(number: int) -> Iterator[tuple[bytes, int]]:
-    """Like ImageNet's: 470 x 385 pixels in some 91 kB, cut out of scikit-learn's two photographs."""
+    """Cut images like ImageNet's out of scikit-learn's two photographs: 470 x 385 pixels in about 91 kB."""
     from sklearn.datasets import load_sample_images
 
     draws, photos = np.random.default_rng(0), load_sample_images().images
@@ -123,7 +109,7 @@ def encoded(image: bytes | np.ndarray, quality: int = 95) -> bytes:
 
 
 def store(args: argparse.Namespace) -> list[dict]:
-    """The images in each format below args.folder; files and bytes of each."""
+    """Store the images in each format below args.folder; return files and bytes of each."""
     import datasets
     import webdataset
 
@@ -159,188 +145,11 @@ def label_of(image: tuple[bytes, int]) -> int:
     return image[1]
 
 
-# The loaders: each makes an Epoch
-
-
-def decode_only(args: argparse.Namespace) -> Epoch:
-    import simplejpeg
-
-    images = [path.read_bytes() for path in (args.folder / "folder").rglob("*.jpg")]
-
-    def epoch():
-        for image in images:
-            simplejpeg.decode_jpeg(image)
-            yield 1
-
-    return epoch
-
-
-def ours(args: argparse.Namespace, store: str, read: Callable = WorkerLoader, without: tuple[str, ...] = ()) -> Epoch:
-    """A recipe's loader. without: libraries that are taken for not installed."""
-    for library in without:  # `library` is crop_jpeg.c's
-        setattr(decode, library, lambda: None)
-    if read is resnet_webdataset.read_streams:
-        shuffle = partial(resnet_webdataset.shuffle, buffer=256)
-        read = partial(read, num_streams=max(1, args.num_workers), shuffle=shuffle, **STREAMS)
-    views = training_views(args, store)
-    loader = Loader(views, DEVICE, args.num_workers, read=read)
-    return partial(sizes, loader if ON_GPU else loader.batches)
-
-
-def training_views(args: argparse.Namespace, store: str, times: int = 1) -> Views:
-    """times: how often each image is in an epoch."""
-    source, _ = open_data(str(args.folder / store), 0.02, 0)
-    source = source.subset(np.tile(np.arange(len(source)), times)) if times > 1 else source
-    order = TrainingOrder(len(source), args.batch_size, args.batch_size, 0, 1, 0)
-    view = partial(training_view, min_crop_area=0.08, horizontal_flip=True)
-    return Views(source, view, order, args.image_size, 0)
-
-
-def sizes(batches) -> Iterator[int]:
-    for batch in batches:
-        yield len(batch.labels)
-
-
-def on_device(loader) -> Epoch:
-    """Of batches (images, labels) of the libraries' own loaders."""
-
-    def epoch():
-        for images, _ in loader:
-            yield len(images.to(DEVICE, non_blocking=True))
-
-    return epoch
-
-
-def reference_transform(args: argparse.Namespace) -> transforms.Compose:
-    """Of torchvision's training reference, for PIL images."""
-    mean, std = ([value / 255 for value in values] for values in (MEAN, STD))
-    crop = transforms.RandomResizedCrop(args.image_size, antialias=True)
-    tensor = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(mean, std)]
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor])
-
-
-def options(args: argparse.Namespace) -> dict:
-    """Of a DataLoader in the usual way."""
-    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0, "pin_memory": ON_GPU}
-    return {"batch_size": args.batch_size, **workers}
-
-
-def torchvision_reference(args: argparse.Namespace) -> Epoch:
-    data = folders.ImageFolder(args.folder / "folder", reference_transform(args))
-    return on_device(DataLoader(data, shuffle=True, drop_last=True, **options(args)))
-
-
-def timm(args: argparse.Namespace) -> Epoch:
-    from timm.data import ImageDataset, create_loader
-
-    size = {"input_size": (3, args.image_size, args.image_size), "interpolation": "bilinear", "color_jitter": None}
-    workers = options(args) | {"is_training": True, "use_prefetcher": ON_GPU, "device": DEVICE}
-    return on_device(create_loader(ImageDataset(str(args.folder / "folder")), **size, **workers))
-
-
-def webdataset(args: argparse.Namespace) -> Epoch:
-    import webdataset as wds
-
-    paths = sorted(map(str, (args.folder / "tar").glob("*.tar")))
-    data = wds.WebDataset(paths, shardshuffle=len(paths), empty_check=False).shuffle(1000).decode("pil")
-    data = data.to_tuple("jpg", "cls").map_tuple(reference_transform(args), int)
-    return on_device(DataLoader(data.batched(args.batch_size), **options(args) | {"batch_size": None}))
-
-
-def hf_datasets(args: argparse.Namespace) -> Epoch:
-    import datasets
-
-    transform = reference_transform(args)
-    paths = [str(path) for path in (args.folder / "parquet").glob("*")]
-    data = datasets.load_dataset("parquet", data_files=paths, split="train", cache_dir=str(args.folder / "cache"))
-    data = data.with_transform(
-        lambda rows: {"images": [transform(image.convert("RGB")) for image in rows["image"]], "labels": rows["label"]}
-    )
-    loader = DataLoader(data, shuffle=True, drop_last=True, collate_fn=stack, **options(args))
-    return on_device(loader)
-
-
-def stack(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.stack([row["images"] for row in rows]), torch.tensor([row["labels"] for row in rows])
-
-
-def dali(args: argparse.Namespace, device: str) -> Epoch:
-    """DALI's own reader, crop and flip, in the way of its ResNet example, but for the normalisation."""
-    from nvidia.dali import Pipeline, fn, types
-
-    pipeline = Pipeline(args.batch_size, max(1, args.num_workers), 0 if device == "mixed" else None)
-    with pipeline:
-        jpegs, _ = fn.readers.file(file_root=str(args.folder / "folder"), random_shuffle=True, name="files")
-        area = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
-        images = fn.decoders.image_random_crop(jpegs, device=device, output_type=types.RGB, **area)
-        size = (args.image_size, args.image_size)
-        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-        pipeline.set_outputs(fn.flip(images, horizontal=fn.random.coin_flip()))
-    batches = pipeline.epoch_size("files") // args.batch_size
-
-    def epoch():
-        for _ in range(batches):
-            yield len(pipeline.run()[0])
-
-    return epoch
-
-
-def ffcv(args: argparse.Namespace) -> Epoch:
-    """FFCV's own file; its writer encodes each image anew, at the quality that gives about the bytes of ours."""
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.decoders import IntDecoder
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader as FfcvLoader
-    from ffcv.loader import OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor
-    from ffcv.writer import DatasetWriter
-
-    path = args.folder / "images.beton"
-    if not path.exists():
-        fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField()}
-        writer = DatasetWriter(str(path), fields, num_workers=1)
-        writer.from_indexed_dataset(folders.ImageFolder(args.folder / "folder", lambda image: image.convert("RGB")))
-        print(f"ffcv: {path.stat().st_size} bytes", file=sys.stderr)
-    decoder = RandomResizedCropRGBImageDecoder((args.image_size, args.image_size), scale=(0.08, 1))
-    pipelines = {"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
-    order = {"order": OrderOption.QUASI_RANDOM, "os_cache": True, "drop_last": True}
-    workers = {"batch_size": args.batch_size, "num_workers": max(1, args.num_workers)}
-    return on_device(FfcvLoader(str(path), pipelines=pipelines, **order, **workers))
-
-
-# name -> (what makes its Epoch, the module without which it is left out)
-LOADERS: dict[str, tuple[Callable, str]] = {
-    "decode_only": (decode_only, "simplejpeg"),
-    "shared_folder": (partial(ours, store="folder"), "torch"),
-    "shared_tar": (partial(ours, store="tar"), "torch"),
-    "shared_parquet": (partial(ours, store="parquet"), "datasets"),
-    "shared_tar_simplejpeg": (partial(ours, store="tar", without=("library",)), "simplejpeg"),
-    "shared_tar_pil": (partial(ours, store="tar", without=("library", "simplejpeg")), "torch"),
-    "shared_webdataset": (partial(ours, store="tar", read=resnet_webdataset.read_streams), "webdataset"),
-    "shared_torchdata": (partial(ours, store="tar", read=resnet_torchdata.read_nodes), "torchdata"),
-    "shared_dali": (partial(ours, store="tar", read=resnet_dali.Dali), "nvidia.dali"),
-    "torchvision_reference": (torchvision_reference, "torchvision"),
-    "timm": (timm, "timm"),
-    "webdataset": (webdataset, "webdataset"),
-    "datasets": (hf_datasets, "datasets"),
-    "dali_cpu": (partial(dali, device="cpu"), "nvidia.dali"),
-    "ffcv": (ffcv, "ffcv"),
-    "dali_gpu": (partial(dali, device="mixed"), "nvidia.dali"),
-}
-
-
-def installed(name: str) -> bool:
-    package = LOADERS[name][1].split(".")
-    return all(find_spec(".".join(package[: depth + 1])) for depth in range(len(package))) and (
-        name != "dali_gpu" or ON_GPU
-    )
-
-
 # Measuring
 
 
 def in_process(function: Callable, *arguments):
-    """What the function returns in a process of its own, which leaves no thread and no memory behind.
+    """Return what the function returns in a process of its own, which leaves no thread and no memory behind.
 
     Raises UserError, with the reason, where it fails there.
     """
@@ -379,7 +188,7 @@ def bake_off(names: list[str], args: argparse.Namespace) -> list[dict]:
 
 
 def in_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list[dict] | str]:
-    """Of each loader what every round measured; or why it failed, and was left out of the rounds after."""
+    """Return what each round measured of each loader, or why a loader failed and was left out of later rounds."""
     seen = {name: [] for name in names}
     for number in range(args.rounds):
         for name in names:
@@ -394,7 +203,7 @@ def in_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list[dict
 
 
 def measured(runs: list[dict] | str) -> dict:
-    """A row's figures: plain medians, each with the spread of its rounds beside it."""
+    """Return a row's figures: medians, each with the spread of its rounds beside it."""
     if isinstance(runs, str):
         return {"images_per_second": None, "images_per_core_second": None, "left_out": runs}
     row = {}
@@ -405,8 +214,8 @@ def measured(runs: list[dict] | str) -> dict:
 
 
 def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespace, cold: bool = False) -> dict:
-    """Images a second, images a second of processor time, and bytes of memory that this process and its workers do not
-    share with others. cold: also images a second of the first epoch, from the disk."""
+    """Measure images a second, images a second of processor time, and bytes of memory that this process and its
+    workers share with no other. cold: also images a second of the first epoch, from the disk."""
     if cold:
         drop_cache(args.folder)
     epoch = make(args)
@@ -416,7 +225,7 @@ def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespac
 
 
 def counted(some: Callable[[], int], least: float) -> dict:
-    """some: loads images, and gives their number. least: seconds."""
+    """Measure for at least so many seconds. some: loads images and returns their number."""
     images, processor, begin = 0, processor_seconds(), time.perf_counter()
     while time.perf_counter() - begin < least:
         images += some()
@@ -429,7 +238,7 @@ def counted(some: Callable[[], int], least: float) -> dict:
 
 
 def drop_cache(folder: Path) -> None:
-    """Of the kernel: what it holds of these files in memory, once they are on the disk."""
+    """Drop what the kernel's page cache holds of these files, once they are on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -438,6 +247,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def family() -> list[psutil.Process]:
+    """Return this process and its workers."""
     return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
 
@@ -446,7 +256,7 @@ def processor_seconds() -> float:
 
 
 def sweep_options(args: argparse.Namespace) -> list[dict]:
-    """The tar shards' loader with each number of workers, of batches that a worker prefetches, and pinned or not."""
+    """Measure the tar shards' loader with each number of workers and of prefetched batches, pinned or not."""
     cases = sweep_cases(max(cores(), args.num_workers))
     runs = [[] for _ in cases]
     for number in range(args.rounds):
@@ -457,8 +267,8 @@ def sweep_options(args: argparse.Namespace) -> list[dict]:
 
 
 def two_over_one(args: argparse.Namespace) -> dict:
-    """How much two workers bring over one, and two processes that only decode, which is what this machine has to give;
-    by turns of seconds, since a shared one's speed changes by the minute. Nothing where there is one core."""
+    """Measure how much faster two workers are than one, and two processes that only decode: more this machine cannot
+    give. They take turns of seconds, since a shared machine's speed changes by the minute. Empty on one core."""
     if cores() < 2:
         return {}
     print("one worker and two, by turns with one decoder and two", file=sys.stderr)
@@ -478,7 +288,7 @@ def two_over_one(args: argparse.Namespace) -> dict:
 
 
 def decoded(args: argparse.Namespace) -> float:
-    """Images a second of decoding alone."""
+    """Return images a second of decoding alone."""
     images, number = chain.from_iterable(iter(decode_only(args), None)), 0  # epoch after epoch
     begin = time.perf_counter()
     while (seconds := time.perf_counter() - begin) < args.seconds / 4:
@@ -497,7 +307,7 @@ def sweep_cases(most: int) -> list[dict]:
 
 
 def as_a_recipe(case: dict) -> bool:
-    """Whether a recipe takes these options, of which --num_workers alone is a flag."""
+    """Return whether a recipe takes these options, of which only --num_workers is a flag."""
     return case["prefetch_factor"] in (None, PREFETCH) and case["pin_memory"] == ON_GPU
 
 
@@ -508,7 +318,7 @@ def measure_with(case: dict, args: argparse.Namespace) -> dict:
 
 
 def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
-    """In long epochs: so few batches as the bake-off's have do not divide evenly among workers."""
+    """Return batches of long epochs: the few batches of a bake-off's epoch do not divide evenly among workers."""
     views = training_views(args, "tar", times=100)
     options = {"prefetch_factor": case["prefetch_factor"] or PREFETCH, "pin_memory": case["pin_memory"]}
     loader = Loader(views, DEVICE, case["num_workers"], read=partial(WorkerLoader, **options))
@@ -516,7 +326,7 @@ def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
 
 
 def load_round(case: dict, batches: Iterator[Batch]) -> int:
-    """A batch of each worker: they come nearly at once, and to stop between them would cost the count one."""
+    """Load a batch of each worker: they come nearly at once, so that the count would miss one between them."""
     return sum(len(next(batches).labels) for _ in range(max(1, case["num_workers"])))
 
 
@@ -526,7 +336,7 @@ def fill_queues(case: dict, batches: Iterator[Batch]) -> None:
 
 
 def recommendation(sweep: list[dict]) -> str:
-    """The fewest workers that are nearly as good as any number, and whether other options would be better."""
+    """Name the fewest workers that are nearly as fast as any number, and whether other options would be faster."""
     recipes = [row for row in sweep if as_a_recipe(row)]
     best = max(row["images_per_second"] for row in recipes)
     least = min(
@@ -542,7 +352,7 @@ def recommendation(sweep: list[dict]) -> str:
 
 
 def worker_memory(args: argparse.Namespace) -> dict:
-    """Megabytes of one worker's own after each of EPOCHS epochs."""
+    """Return the megabytes of one worker's own memory after each of EPOCHS epochs."""
     args.num_workers = 1
     epoch, megabytes = ours(args, "tar"), []
     for _ in range(EPOCHS):
@@ -590,7 +400,7 @@ def draw_lines(panel, sweep: list[dict]) -> None:
 
 
 def ends(rows: list[dict], field: str) -> np.ndarray:
-    """(2, rows): how far the spread goes below and above."""
+    """Return how far the spread goes below and above: (2, rows)."""
     values, least, most = np.array(
         [(row[field], row[f"{field}_spread"]["min"], row[f"{field}_spread"]["max"]) for row in rows]
     ).T

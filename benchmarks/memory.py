@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that a rank holds under each strategy, counted, beside the arithmetic.
+"""Count the bytes that a rank holds under each strategy, beside the arithmetic.
 
     python benchmarks/memory.py                                             # all: 33 launches, then fake ranks
     python benchmarks/memory.py --models S --ranks 2 --strategies fsdp      # one launch: under 30 s
@@ -9,8 +9,8 @@ Up to 4 ranks are real processes (on GPUs, or gloo on a CPU): each case is a lau
 recipe's own loop on made-up images. In the second, just before the optimizer updates, the bytes are counted of the
 storages of parameters, gradients and optimizer state; `other` is what else lives then (buckets, the batch). The peak
 is CUDA's; on a CPU it is the greatest sum of live tensors during that step. From 8 ranks on, one rank of a fake
-process group is cut from meta tensors by the recipe's `parallelize`: exact shards, but no step. ZeRO cannot be had so
-and stands there by formula, as `"measured": false`.
+process group is cut from meta tensors by the recipe's `parallelize`: exact shards, but no step. ZeRO cannot be cut so
+and is given by the formula, as `"measured": false`.
 
 The formula, for P parameters in fp32: 4 P for weights, 4 P for gradients, 8 P for Adam. (The ZeRO paper,
 arXiv:1910.02054, has 2 P, 2 P and 12 P in mixed precision, where the optimizer keeps an fp32 copy of the weights: 16 P
@@ -61,7 +61,7 @@ WHY = {
 
 
 def formula(strategy: str, shapes: dict, ranks: int, rank: int, sizes: dict) -> dict[str, float]:
-    """Bytes of parameters, gradients and optimizer state on this rank; zero1 as in its paper."""
+    """Return the bytes of parameters, gradients and optimizer state on this rank; zero1 as in its paper."""
     half, strategy = strategy.endswith("_bf16"), strategy.removesuffix("_bf16")
     kind = {"tp": "ddp", "pp": "ddp", "tp_fsdp": "fsdp", "zero3_offload": "zero3"}.get(strategy, strategy)
     split = {"weight_bytes": 2 if half and kind.startswith("zero") else 4, "offloads": strategy == "zero3_offload"}
@@ -77,13 +77,14 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
-    """Bytes of each storage below these tensors, by its address."""
+    """Return the bytes of each storage below these tensors, by its address."""
     found = (local_part(tensor).untyped_storage() for tensor in tensors if tensor is not None)
     return {storage._cdata: storage.nbytes() for storage in found}
 
 
 def count(model, optimizer) -> dict[str, int]:
-    """Bytes by kind, each storage once; of DeepSpeed its flat partitions, with the copy of the weights as state."""
+    """Return the bytes by kind, each storage once; DeepSpeed's are its flat partitions, its copy of the weights is
+    state."""
     weights = list(model.parameters())
     parameters = storages(weights) | storages(getattr(weight, "ds_tensor", None) for weight in weights)
     gradients, state = storages(weight.grad for weight in weights), {}
@@ -102,7 +103,7 @@ def count(model, optimizer) -> dict[str, int]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the storages that are alive, now and at most.
+    """The bytes of the storages that are alive, now and at most.
 
     torch.distributed._tools.mem_tracker.MemTracker had the same peaks to the byte under ddp, fsdp and zero3, but took
     three times as long there, and refuses a second forward of the same module (a pipeline's chunks).
@@ -166,7 +167,7 @@ def cuda_peak() -> Iterator[SimpleNamespace]:
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One process of a launch: count, and write what this rank held."""
+    """Run one process of a launch: count, and write what this rank held."""
     recipe, images, config = launches.recipe_and_config(arguments, STRATEGIES)
     counted, on_gpu = {}, torch.cuda.is_available()
     watch = cuda_peak() if on_gpu else LiveTensors()
@@ -182,7 +183,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def row(case: dict, how: str, counted: dict, expected: dict) -> dict:
-    """Of one rank; `off` where a kind of bytes, or their sum, is not within 5 % of the formula's."""
+    """Return one rank's row; `off` where a kind of bytes, or their sum, is not within 5 % of the formula's."""
     line = case | {"measured": bool(counted), "how": how}
     line |= {f"{kind}_bytes": counted.get(kind) for kind in (*KINDS, "other", "peak")}
     line |= {f"formula_{kind}_bytes": round(expected[kind]) for kind in KINDS}
@@ -205,7 +206,7 @@ def real_rows(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def fake_rows(arguments: argparse.Namespace) -> Iterator[dict]:
-    """Rank 0 and the last, which has fewer rows under FSDP2; ZeRO by formula alone."""
+    """Yield rows of rank 0 and of the last, which has fewer rows under FSDP2; those of ZeRO by formula alone."""
     for model, ranks, name in itertools.product(arguments.models, FAKE_RANKS, arguments.strategies):
         if ranks not in arguments.ranks[model]:
             continue
@@ -223,8 +224,8 @@ def fake_rows(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def fake_rank(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> dict[str, int]:
-    """The recipe's shards on this rank, without memory. Gradients take as much; Adam twice the rows that exist, and a
-    4-byte count of steps for each parameter."""
+    """Return the bytes of the recipe's shards on this rank, made without memory. Gradients take as much; Adam twice
+    the rows that exist, and a 4-byte count of steps for each parameter."""
     import vit_fsdp
     import vit_tp
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -254,12 +255,12 @@ def fake_rank(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> 
 
 
 def bytes_of(row: dict, which: str = "") -> int:
-    """Bytes of all kinds; which = `formula_`: by the formula."""
+    """Return the bytes of all kinds; which = `formula_`: by the formula."""
     return sum(row[f"{which}{kind}_bytes"] for kind in KINDS)
 
 
 def shown(row: dict) -> dict:
-    """A line of the printed table, MiB."""
+    """Return a line of the printed table, in MiB."""
     line = {name: row.get(name) for name in ("model", "strategy", "ranks", "tensor", "rank", "how")}
     for name in (*KINDS, "other", "peak"):
         line[f"{name}_MiB"] = None if row[f"{name}_bytes"] is None else row[f"{name}_bytes"] / MIB
@@ -284,10 +285,10 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def plot_strategies(axes, rows: list[dict]) -> None:
-    """The fullest rank under each strategy, of the case with most ranks and of its largest model."""
+    """Plot the fullest rank under each strategy, of the case with most ranks and of its largest model."""
     ranks, _, model = max((row["ranks"], list(SIZES).index(row["model"]), row["model"]) for row in rows)
     chosen = sorted((row for row in rows if (row["ranks"], row["model"]) == (ranks, model)), key=bytes_of)
-    fullest = {row["strategy"]: row for row in chosen}  # a later row of a strategy replaces a former
+    fullest = {row["strategy"]: row for row in chosen}  # a later row of a strategy replaces an earlier one
     fullest = {name: fullest[name] for name in STRATEGIES if name in fullest}
     bottom, colours = [0.0] * len(fullest), ("#4477AA", "#EE6677", "#CCBB44", "#CCCCCC")
     labels = (*KINDS[:2], "optimizer state", "other: buckets, batch")
@@ -306,7 +307,7 @@ def plot_strategies(axes, rows: list[dict]) -> None:
 
 
 def plot_ranks(axes, rows: list[dict]) -> None:
-    """FSDP2's rank 0 and last rank over the number of ranks, beside the formula and an even share."""
+    """Plot FSDP2's rank 0 and last rank over the number of ranks, beside the formula and an even share."""
     models = dict.fromkeys(row["model"] for row in rows)
     for model, colour in zip(models, ("#4477AA", "#EE6677", "#228833"), strict=False):
         whole = 16 * sum(map(math.prod, shapes_of(model).values())) / MIB

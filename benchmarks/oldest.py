@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two steps of every recipe with the oldest versions that pyproject.toml takes: what passes, what is refused and why.
+"""Run two steps of every recipe with the oldest versions that pyproject.toml takes, and say which pass or are refused.
 
     make test-oldest     # makes .venv-oldest, then: .venv-oldest/bin/python benchmarks/oldest.py
 
-A recipe may need newer libraries than the others; it then says so in one line. Anything else that fails is a lower
-bound which is not true, and the exit status is 1. Writes benchmarks/results/oldest_<hardware>_<date>.json.
+A recipe may need newer libraries than the others; it then says so in one line. Any other failure means that a lower
+bound is wrong, and the exit status is 1. Writes benchmarks/results/oldest_<hardware>_<date>.json.
 """
 
 import re
@@ -25,7 +25,8 @@ def main() -> int:
 
 
 def outcome(name: str) -> dict:
-    """passed, refused by the one line that is given, or failed with the end of what it printed."""
+    """Return whether a recipe passed, was refused by the one line that is given, or failed, with the error that it
+    raised."""
     begin = time.perf_counter()
     command = [sys.executable, ROOT / "tools/smoke.py", name]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=die_with_parent)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recipe's loop costs over a bare PyTorch loop with the same model, data and batch.
+"""Measure what the recipe's loop costs over a bare PyTorch loop with the same model, data and batch.
 
     python benchmarks/overhead.py [--epochs 8] [any flag of recipes/resnet.py]
 
@@ -36,7 +36,7 @@ from shared.run import Run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8, help="of steps, after one that warms up")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of steps, after one that warms up")
     arguments, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         more = ["--epochs", str(arguments.epochs + 1), "--output_dir", folder]
@@ -79,7 +79,7 @@ class Turns:
 
 
 def measure(run_config: RunConfig, images: ImageConfig, config: resnet.Config) -> list[tuple[float, ...]]:
-    """Seconds of each step of (recipe, bare loop, bare loop with the norm) after the first epoch."""
+    """Return the seconds of each step of (recipe, bare loop, bare loop with the norm) after the first epoch."""
     accelerator = build_accelerator(run_config.seed, config)
     loader, eval_loader = resnet.build_loaders(accelerator, run_config, images, config)
     steps = loader.order.steps_per_epoch
@@ -106,7 +106,7 @@ def build(config: resnet.Config, steps: int) -> tuple:
 def bare_steps(
     device, run_config: RunConfig, config: resnet.Config, dataset: Views, steps: int, with_norm: bool
 ) -> Iterator[None]:
-    """Train the way a page of the PyTorch tutorial does, on the same decoded images, a step each time."""
+    """Train as a page of the PyTorch tutorial does, on the same decoded images, a step each time."""
     model, optimizer, scheduler = build(config, steps)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
@@ -151,7 +151,7 @@ class EpochZero:
 
 
 def seconds(steps: Iterator[None]) -> float:
-    """Of the next one."""
+    """Return the seconds of the next step."""
     begin = time.perf_counter()
     next(steps)
     synchronize()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: the hardware, a table, and a dated results file."""
+"""Describe the hardware, print a table and write a dated results file, for every benchmark."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from shared.checkpoint.origin import versions
+from shared.checkpoint.origin import source, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy", "pillow", "simplejpeg")
@@ -24,7 +24,8 @@ PACKAGES += ("nvidia-dali-cuda130", "webdataset", "datasets", "torchdata", "timm
 
 
 def hardware() -> dict:
-    """The device (the first GPU, else the processor), sizes in bytes, and versions (None where not installed)."""
+    """Return the device (the first GPU, else the processor), sizes in bytes, and versions (None where not
+    installed)."""
     gpus = torch.cuda.device_count()
     return {
         "device": torch.cuda.get_device_name() if gpus else _processor(),
@@ -36,7 +37,8 @@ def hardware() -> dict:
 
 
 def hardware_slug() -> str:
-    """`h100`, `v100`, `rtx4090`: the model in the GPU's name; without a GPU `cpu` and the number of usable cores."""
+    """Return `h100`, `v100`, `rtx4090`: the model in the GPU's name; without a GPU `cpu` and the number of usable
+    cores."""
     if not torch.cuda.device_count():
         return f"cpu{cores()}"
     name = torch.cuda.get_device_name().lower()
@@ -49,14 +51,14 @@ def cores() -> int:
 
 
 def median_and_spread(values: Iterable[float]) -> dict:
-    """Median, least and greatest of n values, to six digits."""
+    """Return median, least and greatest of n values, to six digits."""
     values = list(values)
     spread = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: float(f"{value:.6g}") for name, value in spread.items()} | {"n": len(values)}
 
 
 def table(rows: list[dict]) -> str:
-    """Aligned text, a spread as `median (min to max)`, `..._bytes` in GiB, None as a dash."""
+    """Return aligned text, a spread as `median (min to max)`, `..._bytes` in GiB, None as a dash."""
     rows = [_folded(row) for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [[name.replace("_bytes", "_GiB") for name in columns]]
@@ -66,14 +68,15 @@ def table(rows: list[dict]) -> str:
 
 
 def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
-    """Write benchmarks/results/<what>_<hardware>_<date>.json, over a former one of that day, or the file `output`;
+    """Write benchmarks/results/<what>_<hardware>_<date>.json, over an earlier one of that day, or the file `output`;
     return its path.
 
-    Where the environment variable OUT names a folder, a copy goes there: machines that are lent keep nothing.
+    Where the environment variable OUT names a folder, a copy goes there: for machines whose disks do not last.
     """
     now = datetime.now(UTC)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    values = {"what": what, "date": now.isoformat(timespec="seconds"), "command": command, "hardware": hardware()}
+    values = {"what": what, "date": now.isoformat(timespec="seconds"), "command": command, "source": source()}
+    values |= {"hardware": hardware()}
     path = ROOT / "benchmarks" / "results" / f"{what}_{hardware_slug()}_{now:%Y-%m-%d}.json"
     path = Path(output).resolve() if output else path
     path.parent.mkdir(exist_ok=True)
@@ -84,7 +87,7 @@ def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
 
 
 def _folded(row: dict) -> dict:
-    """A median whose spread stands beside it, under `..._spread`, as one value."""
+    """Merge a median and its spread, which stands beside it under `..._spread`, into one value."""
     spreads = {name: row[f"{name}_spread"] for name in row if isinstance(row.get(f"{name}_spread"), dict)}
     kept = {
         name: value for name, value in row.items() if name.removesuffix("_spread") not in spreads or name in spreads

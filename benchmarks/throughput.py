@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images a second of training on one device, rung by rung: what each setting of a recipe is worth.
+"""Measure images per second of training on one device, rung by rung: what each setting of a recipe is worth.
 
     python benchmarks/throughput.py                                   # ResNet-50 at 224 and 176 px; ViTs at 224 px
     python benchmarks/throughput.py --models B/16,L/16,H/14           # the Vision Transformers, patch size after /
     python benchmarks/throughput.py --rungs compile --image_sizes 224 # one rung
     python benchmarks/throughput.py --profile trace.json              # and where the time of the last case goes
 
-Each rung adds to the former: fp32, tf32, amp (bf16; fp16 with a scaler before Ampere), channels_last, compile. Each is
+Each rung adds to the last: fp32, tf32, amp (bf16; fp16 with a scaler before Ampere), channels_last, compile. Each is
 measured at rising batch sizes until memory runs out. The network, the optimizer and the loss are those of
 recipes/resnet.py or recipes/vit.py (no channels_last; compile by block); random uint8 images lie on the device and are
 normalised there in every step, as shared/images/loader.py does it: no input pipeline. Writes
@@ -53,7 +53,7 @@ PEAKS = {
 
 
 def build_network(name: str, image_size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """On the device, with its recipe's optimizer."""
+    """Build the network on the device, with its recipe's optimizer."""
     if name in RESNETS:
         config = resnet.Config(model=name)
         model = resnet.build_model(None, config, CLASSES, seed=0).to(DEVICE)
@@ -65,14 +65,15 @@ def build_network(name: str, image_size: int) -> tuple[nn.Module, torch.optim.Op
 
 
 def rungs_of(name: str, image_size: int, rungs: list[str]) -> list[str]:
-    """Layout means nothing to a ViT's products; and one image size, which its patches tile, is enough."""
+    """Return the rungs of a network: a ViT has no layout to choose, and one image size, which its patches tile, is
+    enough."""
     if name in RESNETS:
         return rungs
     return [rung for rung in rungs if rung != "channels_last" and image_size == 224]
 
 
 def build_step(name: str, rung: str, image_size: int, batch_size: int) -> Callable[[], Tensor]:
-    """A function that trains one step on the next of the resident batches, and returns the loss."""
+    """Return a function that trains one step on the next of the resident batches, and returns the loss."""
     height = RUNGS.index(rung)
     # As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does for a recipe; a recipe's convolutions are in tf32 without it too.
     torch.set_float32_matmul_precision("high" if height >= RUNGS.index("tf32") else "highest")
@@ -107,7 +108,8 @@ def build_step(name: str, rung: str, image_size: int, batch_size: int) -> Callab
 
 
 def step_seconds(step: Callable[[], Tensor], steps: int) -> list[float]:
-    """Seconds of each call; on a GPU between events in its queue, since calls return before the work is done."""
+    """Return the seconds of each call; on a GPU between events in its queue, since calls return before the work is
+    done."""
     if not ON_GPU:
         marks = [time.perf_counter(), *(step() is not None and time.perf_counter() for _ in range(steps))]
         return [end - begin for begin, end in itertools.pairwise(marks)]
@@ -121,7 +123,7 @@ def step_seconds(step: Callable[[], Tensor], steps: int) -> list[float]:
 
 
 def measure(name: str, rung: str, image_size: int, batch_size: int, arguments: argparse.Namespace) -> dict:
-    """The figures of one case; raises torch.OutOfMemoryError on a GPU that is too small."""
+    """Return the figures of one case; raises torch.OutOfMemoryError on a GPU that is too small."""
     step = build_step(name, rung, image_size, batch_size)
     begin = time.perf_counter()
     step().item()  # compiles, and waits for the device
@@ -144,7 +146,8 @@ def measure(name: str, rung: str, image_size: int, batch_size: int, arguments: a
 
 
 def training_flops(name: str, image_size: int) -> int:
-    """Of one image. The backward has two products for each of the forward's: times 3; a multiply-add counts as 2."""
+    """Return the FLOPs of one image. The backward has two products for each of the forward's: times 3; a
+    multiply-add counts as 2."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if name in RESNETS:
             model = resnet.build_model(None, resnet.Config(model=name), CLASSES, seed=0)
@@ -170,7 +173,8 @@ def profile(step: Callable[[], Tensor], path: Path) -> None:
 
 
 def sweep(arguments: argparse.Namespace) -> list[dict]:
-    """One row for each case, in the ladder's order; a larger batch is not tried where a smaller one had no room."""
+    """Return one row for each case, in the ladder's order; a larger batch is not tried where a smaller one had no
+    room."""
     begin, rows = time.perf_counter(), []
     cases = [
         (name, rung, image_size)
@@ -227,7 +231,7 @@ def main() -> None:
         "--seconds_limit",
         type=float,
         default=3600,
-        help="no case is begun after these; the rest is recorded as left out",
+        help="start no case after these; the rest is recorded as left out",
     )
     add("--profile", type=Path, help="file for the trace of one step of the last case, whose table is printed")
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.8", "accelerate>=1.10", "transformers>=4.57", "numpy>=2"]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""The first collective: each process sums its share of an integral, one all-reduce gives every process the whole, pi.
+"""Run a first collective: each process sums its share of an integral, and one all-reduce gives all of them pi.
 
 Base: none.
 
@@ -29,10 +29,10 @@ MOST = 10**8  # intervals: 8 bytes each, in four arrays, on one process
 
 @dataclass
 class Config:
-    """What is computed."""
+    """The settings of the sum."""
 
     intervals: int = HfArg(default=1_000_000, help="rectangles under the curve, over all processes")
-    gradient_accumulation_steps = 1  # no flag: build_accelerator wants to know, and nothing is trained here
+    gradient_accumulation_steps = 1  # no flag: build_accelerator reads it, and nothing is trained here
 
 
 def main(config):

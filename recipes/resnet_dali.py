@@ -20,7 +20,7 @@ Base: resnet.py. Changes: Dali, build_loaders.
 
 DALI is fed each batch's images in our order, from any storage, with the crops that our augmentation drew; the position
 is the checkpoint's step. Pixels are within 0.5 of 255 of resnet.py's in an image's mean, or 5 where that shrinks while
-it decodes. What is no sound, plain JPEG goes to the decoder of all recipes, which names undecodable images.
+it decodes. All but intact, plain JPEGs go to the decoder of all recipes, which names undecodable images.
 
 When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 465 images/s of a core at
 224 px, DALI with its own reader 497, resnet.py 1,165 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-29.json).
@@ -92,7 +92,7 @@ class Dali:
             yield coming.result()
 
     def batch(self, samples):
-        """Everything but the JPEGs' pixels by the views themselves, and those by DALI."""
+        """Make a batch: the JPEGs' pixels by DALI, all else by the views themselves."""
         self.deferred = []
         batch = replace(self.views, render=self.defer).__getitems__(samples)
         if not self.deferred:
@@ -103,7 +103,7 @@ class Dali:
             self.copied.synchronize()  # DALI is about to overwrite its last output
         try:
             (pixels,) = self.pipeline.run(**dict(zip(FED, map(list, fed), strict=True)))
-        except RuntimeError as error:  # one image stops a pipeline for good: our decoder finds out which
+        except RuntimeError as error:  # one bad image ends a pipeline: our decoder finds out which
             self.pipeline = None
             say(f"DALI failed, so this batch is decoded without it: {error}", sys.stderr)
             return self.views.__getitems__(samples)
@@ -114,8 +114,8 @@ class Dali:
         return batch._replace(images=images)
 
     def defer(self, image, view, seed, out):
-        """In place of rendering it: note a plain JPEG, with the edges of its crop, for DALI."""
-        # DALI decodes no further than the crop, and would not miss the end of an image.
+        """Note a plain JPEG, with the edges of its crop, for DALI, instead of rendering it."""
+        # DALI decodes no further than the crop, and would not notice a truncated image.
         size = plain_jpeg(image) if isinstance(image, bytes) and intact(image) else None
         if size is None:
             return render(image, view, seed, out)
@@ -125,7 +125,7 @@ class Dali:
         return crop.mirrored
 
     def build(self, batch_size, size):
-        """A pipeline: encoded images and edges of crops in, pixels out."""
+        """Build a pipeline: encoded images and edges of crops in, pixels out."""
         from nvidia.dali import Pipeline, fn, types
 
         device_id, decoder = (self.device.index or 0, "mixed") if self.copied else (None, "cpu")
@@ -134,20 +134,20 @@ class Dali:
             jpegs, starts, ends = (fn.external_source(name=name, ndim=1) for name in FED)
             options = {"axes": [0, 1], "device": decoder, "output_type": types.RGB, "adjust_orientation": False}
             crops = fn.decoders.image_slice(jpegs, start=starts, end=ends, **options)
-            # A triangular filter where it shrinks, as the CPU path's: accuracy is lost without.
+            # A triangular filter where it shrinks, as on the CPU path: without it accuracy is lost.
             pipeline.set_outputs(fn.resize(crops, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True))
         return pipeline
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, layout, read=Dali) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    """Return torchvision's network; residual branches start at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
     # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
     norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
     model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
@@ -155,7 +155,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -164,7 +164,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -174,7 +174,7 @@ def parallelize(accelerator, model, optimizer, config):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -201,7 +201,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -212,7 +212,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what cannot work, before the processes meet."""
+    """Raise UserError for settings that cannot work, before the processes connect."""
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels

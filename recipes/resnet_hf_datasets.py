@@ -17,9 +17,8 @@ Base: resnet.py. Changes: open_data, load, embedded_digits.
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_hf_datasets.py --data FOLDER                           # on each of four nodes, R = 0 to 3
 
-FOLDER holds parquet files, whose names or folders say which are of train and val (`tools/pack.py --format parquet`
-writes such), or is what `save_to_disk` wrote. A data set of the hub is read from the cache, into which a machine with
-a network has put it:
+FOLDER holds parquet files, whose names or folders say train or val (`tools/pack.py --format parquet` writes such), or
+was written by `save_to_disk`. A data set of the hub is read from the cache, which a machine with a network has filled:
 
     HF_HUB_OFFLINE=0 python recipes/resnet_hf_datasets.py --data uoft-cs/cifar10 --max_steps 1
 
@@ -85,19 +84,19 @@ class Config:
 
 
 def open_data(data, val_fraction, seed, shuffle_block, *columns):
-    """The training and the held-out rows of `--data`; without a part of their own, these are drawn from the seed."""
+    """Return the training and the held-out rows of `--data`; without a held-out part, it is drawn from the seed."""
     if shuffle_block:
         raise UserError(
             f"--shuffle_block {shuffle_block} needs tar shards: recipes/resnet.py reads them. Leave it out."
         )
     parts = embedded_digits() if data == "digits" else load(data)
-    # The rows as this collection's loaders take them: bytes, labels, names of the classes.
+    # The rows as the loaders take them: bytes, labels, names of the classes.
     sources = {name: Source(*read_columns(part, f"{data}, {name}", *columns)) for name, part in parts.items()}
     return train_and_held_out(sources, val_fraction, seed, data)
 
 
 def load(data):
-    """{part: its rows} of a folder, by the rules of all recipes, or of the hub's cache."""
+    """Return {part: its rows} of a folder, by the rules of all recipes, or of the hub's cache."""
     import datasets
 
     if Path(data).is_dir():
@@ -116,7 +115,7 @@ def load(data):
 
 
 def embedded_digits():
-    """scikit-learn's digits, as a user makes such a data set of images of any kind."""
+    """Return scikit-learn's digits as a `datasets` data set, made as a user would make one of any images."""
     from datasets import ClassLabel, Dataset, Features, Image
 
     parts = dict(zip(("train", "validation"), open_files("digits", 0, 0), strict=True))
@@ -128,14 +127,14 @@ def embedded_digits():
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, layout) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    """Return torchvision's network; residual branches start at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
     # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
     norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
     model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
@@ -143,7 +142,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -152,7 +151,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -162,7 +161,7 @@ def parallelize(accelerator, model, optimizer, config):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -189,7 +188,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -200,7 +199,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what cannot work, before the processes meet."""
+    """Raise UserError for settings that cannot work, before the processes connect."""
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels

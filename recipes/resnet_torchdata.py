@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a ResNet from loaders that know where they stand: torchdata's, their state in each checkpoint.
+"""Train a ResNet from torchdata's loaders, which know their position and save it in each checkpoint.
 
 Base: resnet.py. Changes: Epochs, read_nodes, read_dataloader, set_position, build_loaders, train_one_epoch, main.
 
@@ -21,7 +21,7 @@ resnet.py needs no such state, because its order of samples is a function of the
 must remember: --pipeline nodes composes it of torchdata.nodes, each with a state of its own, and decodes in threads;
 --pipeline dataloader is StatefulDataLoader, PyTorch's DataLoader and its processes with a state. The state of ours
 counts epochs and micro-batches, which are the same on each process and on any number of them. StatefulDataLoader's
-holds the number of its workers besides, and asks for the same one.
+also holds the number of its workers, and needs the same one.
 
 When: the order of your samples cannot be a function of the step, or threads suit you better than processes. Measured
 on 2 CPU cores, images/s of a core at 224 px: 1,134 by one thread of nodes, 1,165 by one worker process
@@ -76,7 +76,7 @@ class Config:
 
 
 class Epochs:
-    """A batch sampler that goes from epoch to epoch by itself and says where it stands, in torchdata's two methods."""
+    """A batch sampler that moves from epoch to epoch by itself and gives its position, by torchdata's two methods."""
 
     def __init__(self, order):
         self.order, self.epoch, self.drawn = order, 0, 0
@@ -98,25 +98,25 @@ class Epochs:
 
 
 def read_nodes(views, num_workers, device):
-    """Host batches of the views, rendered by threads: decoding lets go of Python's lock."""
+    """Return host batches of the views, rendered by threads: decoding releases Python's lock."""
     from torchdata import nodes
 
     node = nodes.SamplerWrapper(Epochs(views.order))
-    node = nodes.ParallelMapper(node, views.__getitems__, max(1, num_workers))  # its state asks for one thread
+    node = nodes.ParallelMapper(node, views.__getitems__, max(1, num_workers))  # one thread at least, for its state
     if device.type == "cuda":
-        node = nodes.PinMemory(node, "cuda")  # else its thread pins on the first GPU of all processes
+        node = nodes.PinMemory(node, "cuda")  # else all processes pin on the first GPU
     return nodes.Loader(nodes.Prefetcher(node, prefetch_factor=2))
 
 
 def read_dataloader(views, num_workers, device):
-    """Host batches of the views, rendered by processes."""
+    """Return host batches of the views, rendered by processes."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     return StatefulDataLoader(views, batch_sampler=Epochs(views.order), **worker_options(views, num_workers, device))
 
 
 def set_position(loader, checkpoint, num_workers):
-    """Let the loader go on where the checkpoint's stood. Its workers start here, before any thread computes."""
+    """Set the loader to the checkpoint's position. Its workers start here, before any thread computes."""
     if checkpoint:
         state = read_state(checkpoint)["loader"]
         workers = state.get("_snapshot", {}).get("_main_snapshot", {}).get("_num_workers", 0)
@@ -130,7 +130,7 @@ def set_position(loader, checkpoint, num_workers):
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     reads = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline], WorkerLoader
     options = accelerator.device, run_config.num_workers, layout
@@ -139,7 +139,7 @@ def build_loaders(accelerator, run_config, images, config):
 
 
 def build_model(images, config, num_classes, seed):
-    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    """Return torchvision's network; residual branches start at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
     # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
     norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
     model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
@@ -147,7 +147,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -156,7 +156,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -166,7 +166,7 @@ def parallelize(accelerator, model, optimizer, config):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader:
         with accelerator.accumulate(model):
@@ -194,7 +194,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what cannot work, before the processes meet."""
+    """Raise UserError for settings that cannot work, before the processes connect."""
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels

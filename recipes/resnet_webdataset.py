@@ -23,10 +23,10 @@ order drawn from the seed, are cut into `--num_streams` equal pieces, at any ima
 webdataset, shuffles within SHUFFLE_BUFFER images, and gives an equal share of each global batch; processes and
 their workers divide the streams. So each step has the same images on any number of processes x workers that divides
 the streams, all processes have equally many steps, and an epoch takes each image once. A resumed run reads its
-streams anew up to its step, without decoding.
+streams again up to its step, without decoding.
 
-What it cannot promise: the order of the other loaders, or the same one with another --num_streams. And images that lie
-in one shard meet in steps nearby: shards must have been filled at random, as tools/pack.py does.
+It cannot promise the order of the other loaders, or the same one with another --num_streams. And images that lie in
+one shard meet in nearby steps: shards must have been filled at random, as tools/pack.py does.
 
 When: the file system is slow at random reads, or each node can hold a part of the shards. Measured on 2 CPU cores, one
 worker, images/s of a core at 224 px: 877, against 1,165 of the same shards at random out of the page cache, and
@@ -76,7 +76,7 @@ from shared.run import Run
 
 SHUFFLE_BUFFER = 256  # encoded images of each stream, among which the next one is drawn
 
-# (sample index, what reads it) of each image of a source in some shards, from their first byte to their last.
+# (sample index, function that reads it) of each image of a source in some shards, in the order in which they lie.
 Images = Iterator[tuple[int, Callable[[], bytes]]]
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -104,7 +104,7 @@ class Config:
 
 
 class Streams(IterableDataset):
-    """Parts of batches: what one reader, a worker or a process without workers, makes of its streams."""
+    """The parts of batches that one reader, a worker or a process without workers, makes of its streams."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Streams(IterableDataset):
         return self._train(reader) if isinstance(self.order, TrainingOrder) else self._evaluate(reader)
 
     def _train(self, reader: int) -> Iterator[Batch]:
-        """Equally many images of each of the reader's streams, from the step on."""
+        """Yield equally many images of each of the reader's streams, from the step on."""
         order = self.order
         epoch, step = divmod(int(self.step), order.steps_per_epoch)
         share = order.global_batch_size // self.num_streams
@@ -166,7 +166,7 @@ class Streams(IterableDataset):
             yield self.views.fill([next(places) for places in streams for _ in range(share // micro_steps)])
 
     def _stream(self, epoch: int, number: int) -> Iterator[Candidate]:
-        """The shuffled piece of one stream, then the images that lie behind it."""
+        """Yield the shuffled piece of one stream, then the images that follow it."""
         views = self.views
         shards = np.argsort(random_bits(len(self.counts), views.seed, epoch), kind="stable")
         ends = np.cumsum(self.counts[shards])
@@ -180,7 +180,7 @@ class Streams(IterableDataset):
         yield from candidates
 
     def _evaluate(self, reader: int) -> Iterator[Batch]:
-        """The reader's shards, each image once; then empty places, until every reader is done."""
+        """Yield each image of the reader's shards once, then empty places until every reader is done."""
         size = -(-self.order.micro_batch_size * self.order.size // self.readers)
         batches = max(-(-int(self.counts[first :: self.readers].sum()) // size) for first in range(self.readers))
         images = self.read_shards(self.views.source, range(reader, len(self.counts), self.readers))
@@ -190,7 +190,8 @@ class Streams(IterableDataset):
 
 
 def places(stream: Iterator[Candidate]) -> Iterator[Iterator[Candidate]]:
-    """For each image of a stream the candidates for its place: itself and, if undecodable, those that follow."""
+    """Yield, for each image of a stream, the candidates for its place: itself and, if undecodable, those that
+    follow."""
     (stream,) = itertools.tee(stream, 1)
     while True:
         ahead = copy.copy(stream)  # reads on from here, while the stream stays where it is
@@ -226,17 +227,17 @@ def read_streams(
     read_shards: Callable[[Source, Iterable[int]], Images],
     shuffle: Callable[[Iterator, random.Random], Iterator],
 ) -> Iterable[Batch]:
-    """Batches of the streams, for a Loader's `read`.
+    """Return batches of the streams, for a Loader's `read`.
 
-    read_shards: gives the images of a source in shards of these numbers. shuffle: gives the items of an iterator in
-    another order, by what it draws from the random state alone. rank, size: data-parallel.
+    read_shards: yields the images of a source in the shards of these numbers. shuffle: yields the items of an iterator
+    in an order that depends on the random state alone. rank, size: data-parallel.
     """
     return Joined(Streams(views, rank, size, num_workers, num_streams, read_shards, shuffle), num_workers, device)
 
 
 def read_shards(source, shards):
-    """(sample index, what reads it) of each of the source's images in the shards, as they lie there;
-    last those which a shard was cut off before."""
+    """Yield (sample index, function that reads it) of the source's images in these shards, as they lie there; at
+    the end those that a truncated shard has lost."""
     import webdataset as wds
 
     index = source.images.index
@@ -254,14 +255,14 @@ def read_shards(source, shards):
 
 
 def shuffle(samples, random_state, buffer):
-    """webdataset's: the next one is drawn from a buffer that holds this many."""
+    """Shuffle by webdataset: draw each next sample from a buffer that holds this many."""
     import webdataset as wds
 
     return wds.shuffle(buffer, rng=random_state)(samples)
 
 
 def write_digits(folder):
-    """The embedded digits in shards, as a user writes shards of anything."""
+    """Write the embedded digits in shards, as a user would write any images."""
     import webdataset as wds
 
     for name, part in zip(("train", "val"), open_data("digits", 0, 0), strict=True):
@@ -272,7 +273,7 @@ def write_digits(folder):
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     if images.data == "digits":
         folder = on_main_process(accelerator, make_once, cache_folder() / "digits-in-shards", write_digits)
         images = replace(images, data=str(folder))
@@ -285,7 +286,7 @@ def build_loaders(accelerator, run_config, images, config):
 
 
 def build_model(images, config, num_classes, seed):
-    """torchvision's network; each residual branch starts at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
+    """Return torchvision's network; residual branches start at zero (Goyal et al., arXiv:1706.02677, section 5.1)."""
     # Group norm with 32 groups: Wu & He, arXiv:1803.08494.
     norm_layer = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
     model = models.get_model(config.model, num_classes=num_classes, norm_layer=norm_layer, zero_init_residual=True)
@@ -293,7 +294,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -302,7 +303,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Device, precision and data parallelism are the YAML's: `prepare` applies them."""
+    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -312,7 +313,7 @@ def parallelize(accelerator, model, optimizer, config):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -339,7 +340,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -350,7 +351,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what cannot work, before the processes meet."""
+    """Raise UserError for settings that cannot work, before the processes connect."""
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels

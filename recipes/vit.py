@@ -19,7 +19,7 @@ main.
         --num_processes 32 --parallelism_config_dp_replicate_size 4 recipes/vit.py --model G   # on each of four nodes
 
 ImageNet (command not yet run), after big_vision's ViT-S/16 of 76.5 % in 90 epochs, less its RandAugment and MixUp, and
-with a class token, learned positions and a linear head in the place of average pooling, sines and a hidden layer:
+with a class token, learned positions and a linear head instead of average pooling, sines and a hidden layer:
 --data $DSDIR/imagenet/RawImages --model S --patch_size 16 --image_size 224 --min_crop_area 0.05 --horizontal_flip
 --eval_crop_ratio 0.875 --epochs 90 --global_batch_size 1024 --learning_rate 1e-3 --warmup_epochs 8 --weight_decay 0.1
 --label_smoothing 0 --compile, with --mixed_precision bf16 for the launcher.
@@ -87,14 +87,14 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
+    """Return the whole network on the CPU; its weights depend on seed and name alone, or are the pretrained ones."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -109,7 +109,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -118,7 +118,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Device, precision, replicas and shards are the YAML's: `prepare` applies them."""
+    """Apply the device, precision, replicas and shards that the YAML sets, by `prepare`."""
     if config.compile:
         for block in model.vit.layers:
             block.compile()
@@ -127,7 +127,7 @@ def parallelize(accelerator, model, optimizer, config):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -154,7 +154,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what is not there or does not fit, before the processes meet."""
+    """Raise UserError for a network that is missing or does not fit, before the processes connect."""
     network_sizes(images, config)
 
 

@@ -84,14 +84,14 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """The network without memory, on the meta device; or the pretrained one on the CPU."""
+    """Return the network without memory, on the meta device; or the pretrained one on the CPU."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -105,7 +105,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -114,7 +114,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, config, seed):
-    """A unit for each block, and one for embeddings and head; then memory and weights for this process's shards."""
+    """Shard each block, and embeddings and head as one unit; then allocate and fill this process's shards."""
     if accelerator.parallelism_config:  # hsdp: sharded within a replica, replicated over them
         mesh = accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     else:
@@ -126,7 +126,7 @@ def parallelize(accelerator, model, config, seed):
         if config.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    # The root's weights are needed first in the forward and last in the backward: kept in between.
+    # The root's weights come first in the forward and last in the backward: they are kept in between.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for number, block in enumerate(blocks if config.prefetch else []):
         block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + config.prefetch])
@@ -137,7 +137,7 @@ def parallelize(accelerator, model, config, seed):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -164,7 +164,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what is not there or does not fit, before the processes meet."""
+    """Raise UserError for a network that is missing or does not fit, before the processes connect."""
     network_sizes(images, config)
 
 

@@ -10,7 +10,7 @@
 
 Base: vit.py. Changes: Stage, MeasuredStage, stage_table, parallelize, step, last, add_up, clip_grad_norm,
 train_one_epoch, evaluate, check, main.
-Longer than 250 lines: a stage that measures itself is a part of the lesson.
+Longer than 250 lines: a stage that measures itself is part of the lesson.
 
     L="accelerate launch --config_file accelerate_configs/local_pp.yaml"
     $L recipes/vit_pp.py                                            # two stages, one a process
@@ -91,14 +91,14 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
+    """Return the whole network on the CPU; its weights depend on seed and name alone, or are the pretrained ones."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -113,7 +113,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -136,7 +136,8 @@ class Stage(nn.Module):
         self.classifier = model.classifier if number == stages - 1 else None
 
     def forward(self, x: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) or the former stage's (B, tokens, width), to the next one's or to logits."""
+        """Map images (B, 3, H, W) or the previous stage's (B, tokens, width) to the next stage's input or to
+        logits."""
         x = x if self.vit.embeddings is None else self.vit.embeddings(x)
         x = run_blocks(self, ((int(name), block) for name, block in self.vit.layers.items()), x, sample_seeds)
         return x if self.classifier is None else self.classifier(self.vit.layernorm(x)[:, 0])
@@ -152,7 +153,7 @@ class MeasuredStage(PipelineStage):
 
     @contextlib.contextmanager
     def measure(self, wanted: bool) -> Iterator[None]:
-        """Around one call of the schedule."""
+        """Measure one call of the schedule within the block, if wanted."""
         self.measuring, self.busy, self.most_waiting, begin = wanted, 0.0, 0, time.perf_counter()
         yield
         if wanted:
@@ -193,7 +194,7 @@ class MeasuredStage(PipelineStage):
 
 
 def stage_table(accelerator: Accelerator, stage: MeasuredStage, schedule: str, chunks: int) -> str:
-    """A line for each stage of the first replica, measured and in theory; every process must call it.
+    """Return a line for each stage of the first replica, measured and in theory; every process must call it.
 
     Theory: stage s of p idles (p - 1) / (m + p - 1) of a step of m chunks (Huang et al., arXiv:1811.06965), and keeps
     the activations of m chunks under gpipe, of min(m, p - s) under 1f1b (Narayanan et al., arXiv:2104.04473).
@@ -219,13 +220,13 @@ def stage_table(accelerator: Accelerator, stage: MeasuredStage, schedule: str, c
 
 
 def parallelize(accelerator, model, config):
-    """This process's stage, and the schedule that runs it."""
+    """Return this process's part of the network, its stage, and the schedule that runs it."""
     stages, number = config.pipeline_parallel_size, accelerator.mesh.get_local_rank("pp")
     part = Stage(model, number, stages).to(accelerator.device)
     part.forward = accelerator.autocast()(part.forward)
 
     def loss(logits, labels):
-        """The chunk's share of the step's loss: all chunks of all replicas add up to it, and so do their gradients."""
+        """Return the chunk's share of the step's loss: losses and gradients add up over chunks and replicas."""
         total = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum")
         share = total / config.global_batch_size
         return share * (1 + 0 * share.detach())  # times 1, unless it is not finite: then no gradient is
@@ -236,7 +237,7 @@ def parallelize(accelerator, model, config):
 
 
 def step(accelerator, stage, schedule, batch):
-    """Forward and backward of all chunks of one batch; its share of the step's loss, on every stage."""
+    """Run forward and backward of all chunks of one batch; return its share of the step's loss, on every stage."""
     images = (batch.images,) if stage.is_first else ()
     target, losses = (batch.labels, []) if stage.is_last else (None, None)
     schedule.step(*images, target=target, losses=losses, return_outputs=False, sample_seeds=batch.seeds)
@@ -245,21 +246,21 @@ def step(accelerator, stage, schedule, batch):
 
 
 def last(accelerator, tensor):
-    """The last stage's values of this tensor, on every stage."""
+    """Send the last stage's values of this tensor to every stage, and return them."""
     group = accelerator.mesh["pp"].get_group()
     distributed.broadcast(tensor, group_src=group.size() - 1, group=group)
     return tensor
 
 
 def add_up(accelerator, model):
-    """Sum the gradients over the replicas of a stage, in one message: DDP's hooks would not bear GPipe's forwards."""
+    """Sum the gradients over a stage's replicas, in one message: DDP's hooks do not allow GPipe's many forwards."""
     gradients = [parameter.grad for parameter in model.parameters()]
     distributed.all_reduce(total := parameters_to_vector(gradients), group=accelerator.mesh["dp"].get_group())
     vector_to_parameters(total, gradients)
 
 
 def clip_grad_norm(accelerator, model, max_norm):
-    """Scale the gradients by their norm over all stages; returns the norm."""
+    """Scale the gradients by their norm over all stages; return the norm."""
     square = get_total_norm([parameter.grad for parameter in model.parameters()]) ** 2
     distributed.all_reduce(square, group=accelerator.mesh["pp"].get_group())
     clip_grads_with_norm_(model.parameters(), max_norm, square.sqrt())
@@ -267,7 +268,7 @@ def clip_grad_norm(accelerator, model, max_norm):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run, stage, schedule):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate():
@@ -292,7 +293,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run, stage, schedule):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     shape = loader.order.micro_batch_size, len(loader.dataset.source.classes)
@@ -306,7 +307,7 @@ def evaluate(accelerator, model, loader, run, stage, schedule):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what is not there or cannot be cut, before the processes meet."""
+    """Raise UserError for a network that is missing or cannot be cut, before the processes connect."""
     blocks, stages, chunks = network_sizes(images, config)[0], config.pipeline_parallel_size, config.pipeline_chunks
     if stages > blocks:
         raise UserError(f"--pipeline_parallel_size {stages} exceeds the {blocks} blocks. Give {blocks} or less.")

@@ -17,7 +17,7 @@ Base: vit.py. Changes: block_plan, parallelize, check, main.
     $L/local_fsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
         --num_processes 32 recipes/vit_tp.py --model G --tensor_parallel_size 8                 # on each of four nodes
 
-When: a block's activations or a batch of one are too much; within a node, for every block sends its activations 4
+When: a block's activations or a batch of one are too large; within a node, since every block sends its activations 4
 times a step. ViT-B over 4: 348 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
@@ -93,14 +93,14 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """The whole network on the CPU; its weights depend on the seed and on their names alone, or are the pretrained."""
+    """Return the whole network on the CPU; its weights depend on seed and name alone, or are the pretrained ones."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -115,7 +115,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -124,16 +124,17 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def block_plan(sequence_parallel):
-    """How each part of a block is split (Shoeybi et al., arXiv:1909.08053; with tokens: arXiv:2205.05198).
+    """Return how each part of a block is split (Shoeybi et al., arXiv:1909.08053; with tokens: arXiv:2205.05198).
 
-    Whoever multiplies by columns keeps its columns of the result, which are its rows of the next product: one
-    all-reduce after each pair. With sequence_parallel that is a reduce-scatter after it and an all-gather before.
+    The first product of each pair is split by columns, the second by rows, so that the first one's output fits the
+    second: one all-reduce after each pair. With sequence_parallel that is a reduce-scatter after it and an all-gather
+    before.
     """
     between = Shard(1) if sequence_parallel else Replicate()
     whole = {"desired_input_layouts": (Replicate(), None), "use_local_output": False}
     out = {"output_layouts": between, "use_local_output": not sequence_parallel}
     plan = {
-        # The input crosses once for all three products; each on its own would all-reduce its gradient.
+        # One input for q, k and v: its gradient is all-reduced once, not three times.
         "attention": PrepareModuleInput(input_layouts=(between, None), **whole),
         **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
         "attention.o_proj": RowwiseParallel(**out),
@@ -146,7 +147,7 @@ def block_plan(sequence_parallel):
 
 
 def parallelize(accelerator, model, config):
-    """Tensor parallel within `tp`, then over `dp` sharded (fsdp) or replicated (ddp, as FSDP2 with shards of one).
+    """Split over `tp`, then shard (fsdp) or replicate (ddp, as FSDP2 with shards of one) over `dp`.
 
     Accelerate refuses or breaks these pairs, so torch is called on a mesh of the same processes.
     """
@@ -169,7 +170,7 @@ def parallelize(accelerator, model, config):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -196,7 +197,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -207,7 +208,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what is not there or cannot be split evenly, before the processes meet."""
+    """Raise UserError for a network that is missing or cannot be split evenly, before the processes connect."""
     _, heads, mlp_width = network_sizes(images, config)
     for what, size in (("heads", heads), ("MLP columns", mlp_width)):
         if size % config.tensor_parallel_size:

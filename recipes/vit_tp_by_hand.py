@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor and data parallelism by hand: two conjugate functions and a few all-reduces cut a Vision Transformer up.
+"""Split a Vision Transformer by hand: two conjugate functions and a few all-reduces make tensor parallelism.
 
 Base: none.
 
@@ -67,7 +67,7 @@ class Config:
     tensor_parallel_size: Positive = HfArg(
         default=2, help="processes that share each layer; such groups share the batch"
     )
-    init: Literal["dense", "shards"] = HfArg(default="dense", help="parts of the dense weights, or drawn part by part")
+    init: Literal["dense", "shards"] = HfArg(default="dense", help="cut from the dense weights, or drawn part by part")
     check: bool = HfArg(default=False, help="compare each piece with its dense layer instead of training")
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
@@ -85,7 +85,7 @@ class Config:
 
 
 def build_groups(size):
-    """Of 4 processes with size 2: {0, 1} and {2, 3} share each layer, {0, 2} and {1, 3} share the batch."""
+    """Make the groups: of 4 processes with size 2, {0, 1} and {2, 3} share each layer, {0, 2} and {1, 3} the batch."""
     if not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -96,12 +96,13 @@ def build_groups(size):
 
 
 def cut(x, dim, group="tp"):
-    """This rank's part of a whole tensor, as DTensor cuts it (10 classes on 4 ranks: 3, 3, 3, 1). None: all."""
+    """Return this rank's part of a tensor, cut as DTensor cuts it (10 classes on 4 ranks: 3, 3, 3, 1); all for
+    None."""
     return x if dim is None else x.chunk(GROUP[group].size(), dim)[GROUP[group].rank()]
 
 
 def all_reduced(x, op=dist.ReduceOp.SUM):
-    """The sum or maximum over the ranks that share layers; a copy, since x may be autograd's own."""
+    """Return the sum or maximum over the ranks that share layers; a copy, since x may be autograd's own."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, op, GROUP["tp"])
     return x
@@ -111,7 +112,7 @@ def all_reduced(x, op=dist.ReduceOp.SUM):
 
 
 class F(torch.autograd.Function):
-    """Megatron's f, where ranks part: each will find a share of the gradient of x, and the backward adds them up."""
+    """Megatron's f, where ranks part: the backward sums the ranks' shares of the gradient of x."""
 
     @staticmethod
     def forward(ctx, x):
@@ -123,7 +124,7 @@ class F(torch.autograd.Function):
 
 
 class G(torch.autograd.Function):
-    """Megatron's g, where ranks meet: each has a term x of a sum, whose gradient is that of every one of its terms."""
+    """Megatron's g, where ranks meet: the forward sums the ranks' terms x; each term gets the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, x):
@@ -135,31 +136,31 @@ class G(torch.autograd.Function):
 
 
 def column_linear(layer, x):
-    """The rank's own outputs, from the whole x."""
+    """Return the rank's own outputs, from the whole x."""
     return linear(F.apply(x), layer.weight, layer.bias)
 
 
 def row_linear(layer, x):
-    """All outputs, from the rank's own inputs. Every rank has the bias, which counts once: so after the sum."""
+    """Return all outputs, from the rank's own inputs. Every rank has the bias, so it is added once, after the sum."""
     return G.apply(linear(x, layer.weight)) + layer.bias
 
 
 def attention(layer, x, mask=None):
-    """The rank's own heads. One f for q, k and v, so that the backward sends one message, as the forward does in o."""
+    """Compute the rank's own heads. One f for q, k and v: the backward sends one message, as the forward does in o."""
     return type(layer).forward(layer, F.apply(x), mask)
 
 
 def embeddings(layer, images):
-    """Class token and patches are whole on every rank, the table of positions is cut by rows."""
+    """Add class token and patches, whole on every rank, to the table of positions, which is cut by rows."""
     tokens = torch.cat([layer.cls_token.expand(len(images), -1, -1), layer.patch_embeddings(images)], dim=1)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     return tokens + parallel_embedding(layer.position_embeddings[0], positions, len(positions))
 
 
 def parallel_embedding(table, indices, length):
-    """Rows of a table of `length` rows that is cut by rows: whoever has one looks it up, the others add 0.
+    """Look up rows of a table of `length` rows that is cut by rows: the rank that has one gives it, the others add 0.
 
-    Made for a vocabulary of 100,000 words; the one table of a vision transformer is that of its positions.
+    Made for vocabularies of 100,000 words; a Vision Transformer's only table is that of its positions.
     """
     local = indices - cut(torch.arange(length, device=indices.device), 0)[0]
     mine = (local >= 0) & (local < len(table))
@@ -167,8 +168,9 @@ def parallel_embedding(table, indices, length):
 
 
 def parallel_cross_entropy(logits, labels, classes, label_smoothing):
-    """Summed cross-entropy of logits (B, the rank's own classes): nobody ever holds a whole row of them."""
-    # Less the greatest of all, so that exp cannot overflow; the result does not depend on it, so no gradient either.
+    """Return the summed cross-entropy of logits (B, the rank's own classes): no rank ever holds a whole row of
+    them."""
+    # Subtract the maximum, so that exp cannot overflow; the result does not depend on it, so it has no gradient.
     logits = logits.float() - all_reduced(logits.detach().float().amax(1, keepdim=True), dist.ReduceOp.MAX)
     target = cut(one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes, 1)
     exponentials, hits = G.apply(torch.stack([logits.exp().sum(1), (target * logits).sum(1)]))
@@ -182,13 +184,13 @@ class GradientBuckets:
     """DDP by hand: gradients are averaged over the data-parallel group, bucket by bucket, while the backward runs."""
 
     def __init__(self, model, bucket_bytes=2**20):
-        # Not active in the backwards of an accumulation but the last, when the gradients hold the sum.
+        # Of an accumulation only the last backward is active: then the gradients hold the sum.
         self.bucket_bytes, self.active, self.ready, self.sent = bucket_bytes, True, [], []
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self.add)
 
     def add(self, parameter):
-        """Autograd calls this as soon as a gradient is whole: in one order everywhere, since all graphs are alike."""
+        """Take a gradient as soon as autograd has it: in the same order on every rank, since all graphs are alike."""
         if self.active:
             self.ready.append(parameter)
             if sum(each.grad.nbytes for each in self.ready) >= self.bucket_bytes:
@@ -200,7 +202,7 @@ class GradientBuckets:
         self.ready = []
 
     def wait(self):
-        """After the backward: send what is left; each gradient becomes a view of its bucket's mean."""
+        """Send what is left after the backward, and make each gradient a view of its bucket's mean."""
         if self.ready:
             self.send()
         for parameters, flat, work in self.sent:
@@ -212,7 +214,7 @@ class GradientBuckets:
 
 
 def clip_grad_norm_(model, max_norm):
-    """By the norm of the whole network's gradient: parts add up over the ranks, what every rank holds counts once."""
+    """Clip by the whole network's gradient norm: parts add up over the ranks, what every rank holds counts once."""
     parts, wholes = ([p.grad for p in model.parameters() if (p.cut_dim is None) == whole] for whole in (False, True))
     norm = (all_reduced(get_total_norm(parts) ** 2) + get_total_norm(wholes) ** 2).sqrt()
     clip_grads_with_norm_(model.parameters(), max_norm, norm)
@@ -222,17 +224,17 @@ def clip_grad_norm_(model, max_norm):
 # The network
 
 
-# How a layer computes on its part. What q, k, v and fc1 put out is what o and fc2 take: nothing is sent between them.
+# How a layer computes on its part. The outputs of q, k, v and fc1 are the inputs of o and fc2: no message between.
 FORWARD = {"attention": attention, "fc1": column_linear, "classifier": column_linear, "embeddings": embeddings}
 FORWARD |= {"o_proj": row_linear, "fc2": row_linear}
-# In which dimension a parameter is cut; what is not named every rank holds whole, and finds its whole gradient.
+# The dimension in which a parameter is cut. Every rank holds the others whole, and computes their whole gradient.
 CUT = dict.fromkeys([f"{layer}.weight" for layer in ("q_proj", "k_proj", "v_proj", "fc1", "classifier")], 0)
 CUT |= {name.replace("weight", "bias"): 0 for name in CUT}
 CUT |= {"o_proj.weight": 1, "fc2.weight": 1, "embeddings.position_embeddings": 1}
 
 
 def build_model(images, config, num_classes, seed):
-    """The whole network's shapes, without memory."""
+    """Return the whole network without memory, for its shapes."""
     sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, drop_path=0.0)
     with torch.device("meta"):
         return VisionTransformer(sizes)
@@ -258,13 +260,13 @@ def parallelize(accelerator, model, config, seed):
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders by data-parallel rank: the processes that share layers see the same samples."""
+    """Return loaders by data-parallel rank: the processes that share layers see the same samples."""
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers) for each in views]
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """AdamW treats each number by itself: on parts it does what it would do on the whole."""
+    """Return AdamW. It updates each number by itself: a part is updated as it would be in the whole."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
@@ -272,7 +274,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run, buckets):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -301,7 +303,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     for batch in loader:
@@ -318,8 +320,8 @@ def evaluate(accelerator, model, loader, run):
 
 
 def described(model, optimizer):
-    """The same memory as DTensors, which say where in the whole each part lies, in a model and an optimizer of their
-    own: what is written from these, any other strategy reads."""
+    """Return a model and an optimizer that hold the same memory as DTensors, which know where in the whole each
+    part lies: any other strategy can read a checkpoint of these."""
     mesh = DeviceMesh.from_group(GROUP["tp"], next(model.parameters()).device.type)
     with torch.device("meta"):
         whole = VisionTransformer(model.config)
@@ -339,7 +341,7 @@ def described(model, optimizer):
 
 
 def resume(model, optimizer, scheduler, run):
-    """Each rank reads its parts, whoever wrote them; weights arrive in their memory, moments are handed over."""
+    """Read each rank's parts, whoever wrote them; weights arrive in their memory, moments are handed over."""
     whole, twin = described(model, optimizer)
     run.resume(whole, twin, scheduler)
     for part, parameter in zip(model.parameters(), whole.parameters(), strict=True):
@@ -413,10 +415,10 @@ def compare(accelerator, model, config, seed):
 
 
 def difference(dense, hand, buckets, calls, x, takes, gives):
-    """The greatest, relative to what is above 1, in outputs, gradients, and weights after a step of SGD.
+    """Return the greatest difference, relative above 1, in outputs, gradients, and weights after a step of SGD.
 
     takes, gives: the dimension in which the piece by hand has only a part of the input, of the output. SGD, since
-    AdamW makes a whole step of a gradient that is rounding alone, as that of k's bias.
+    AdamW would make a whole step of a gradient that is only rounding, such as that of k's bias.
     """
     inputs = [part.clone().requires_grad_(part.is_floating_point()) for part in (x, cut(x, takes))]
     outputs = [call(part) for call, part in zip(calls, inputs, strict=True)]
@@ -441,7 +443,7 @@ def difference(dense, hand, buckets, calls, x, takes, gives):
 
 
 def losses(model, loss_of, finish=lambda: None):
-    """Of five steps of AdamW."""
+    """Return the losses of five steps of AdamW."""
     optimizer, values = torch.optim.AdamW(model.parameters(), 1e-3, foreach=False), []
     for _ in range(5):
         loss = loss_of()
@@ -454,7 +456,7 @@ def losses(model, loss_of, finish=lambda: None):
 
 
 def check(run_config, images, config, launch, classes=0):
-    """Refuse what cannot be cut, or is not done here, before a model is built. classes: once the data is known."""
+    """Raise UserError for sizes that cannot be cut, before a model is built. classes: once the data is known."""
     check_transformers()
     sizes = vit_config(config.model, images.image_size, config.patch_size, classes, drop_path=0.0)
     size, heads, width = config.tensor_parallel_size, sizes.num_attention_heads, sizes.intermediate_size

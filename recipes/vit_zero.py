@@ -86,14 +86,14 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Loaders of this process's share of every global batch; their samples depend on seed and step alone."""
+    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed, accelerator=None):
-    """The network on the CPU; under ZeRO-3 each process makes its shard of every weight and no more."""
+    """Return the network on the CPU; under ZeRO-3 each process allocates only its shard of every weight."""
     import deepspeed
     from transformers.initialization import no_init_weights  # 5.17 has it
 
@@ -102,7 +102,7 @@ def build_model(images, config, num_classes, seed, accelerator=None):
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
     else:
         sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, config.drop_path)
-        if accelerator is None:  # the preflight, which wants shapes alone
+        if accelerator is None:  # the preflight, which needs only shapes
             return VisionTransformer(sizes)
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=strategy() == "zero3"), no_init_weights():
@@ -114,7 +114,7 @@ def build_model(images, config, num_classes, seed, accelerator=None):
 
 
 def fill(accelerator, model, seed):
-    """Gather each weight in turn, write it on rank 0, and cut it again."""
+    """Gather each weight in turn, write it on rank 0, and shard it again."""
     import deepspeed
 
     for name, parameter in model.named_parameters():
@@ -125,13 +125,13 @@ def fill(accelerator, model, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch, accelerator=None):
-    """AdamW, on the CPU where the YAML offloads it, and its learning rate as a function of the global step."""
+    """Return AdamW, on the CPU where the YAML offloads it, and its learning rate as a function of the global step."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     plugin = accelerator and accelerator.state.deepspeed_plugin
     if plugin and plugin.offload_optimizer_device == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        # Accelerate would put an Adam without decoupled weight decay in the place of this one.
+        # Accelerate would replace this one by an Adam without decoupled weight decay.
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         optimizer = DeepSpeedCPUAdam(groups, config.learning_rate, adamw_mode=True)
     else:
@@ -141,7 +141,7 @@ def build_optimizer(model, config, steps_per_epoch, accelerator=None):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Device, precision, replicas and shards are the YAML's: `prepare` applies them."""
+    """Apply the device, precision, replicas and shards that the YAML sets, by `prepare`."""
     if config.compile:
         for block in model.vit.layers:
             block.compile()
@@ -149,7 +149,7 @@ def parallelize(accelerator, model, optimizer, config):
 
 
 def all_finite(accelerator, value):
-    """Whether the value is finite on every process; the answer is the same on all of them."""
+    """Return whether the value is finite on every process; the answer is the same on all of them."""
     infinite = (~value.isfinite()).any().float()
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(infinite)
@@ -157,7 +157,7 @@ def all_finite(accelerator, value):
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, run):
-    """From the run's step to the end of its epoch, or to where the run stops."""
+    """Train from the run's step to the end of its epoch, or until the run stops."""
     model.train()
     for batch in loader.starting_at(run.step):
         with accelerator.accumulate(model):
@@ -185,7 +185,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
 
 
 def evaluate(accelerator, model, loader, run):
-    """Top-1 accuracy and loss over the held-out images, each counted once."""
+    """Log top-1 accuracy and loss over the held-out images, each counted once."""
     model.eval()
     evaluation = Evaluation()
     with torch.no_grad():
@@ -196,7 +196,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def export(model, loader, checkpoint, folder):
-    """Put the checkpoint's shards together in fp32, on one process without a GPU, in transformers' format."""
+    """Merge the checkpoint's shards in fp32, on one process without a GPU, and save them in transformers' format."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ZERO)
@@ -209,7 +209,7 @@ def export(model, loader, checkpoint, folder):
 
 
 def check(run_config, images, config, launch):
-    """Refuse what is not there or does not fit, before the processes meet."""
+    """Raise UserError for a network that is missing or does not fit, before the processes connect."""
     network_sizes(images, config)
 
 

@@ -33,14 +33,14 @@ MESH = ("pp", "dp", "tp")
 
 
 def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",)) -> Accelerator:
-    """The Accelerator of this process, with every rank's random state seeded alike.
+    """Build this process's Accelerator and seed every rank alike.
 
     config holds gradient_accumulation_steps, global_batch_size, max_grad_norm and, in some recipes,
-    tensor_parallel_size and pipeline_parallel_size. `accelerator.mesh` is the DeviceMesh of the processes, of shape
-    (pp, dp, tp), or None for one process.
+    tensor_parallel_size and pipeline_parallel_size. `accelerator.mesh` is the DeviceMesh of all processes, of shape
+    (pp, dp, tp), or None for a single process.
 
-    Raises UserError, before any process group is made, for a strategy that the recipe has not, a precision that the
-    device lacks, sizes that do not multiply to the processes, and settings that are made in two places.
+    Raises UserError before any process group is made: for a strategy that the recipe does not support, a precision
+    that the device lacks, sizes that do not multiply to the number of processes, and settings made in two places.
     """
     die_with_launcher()
     _silence()
@@ -55,10 +55,10 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
         accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
     torch.set_num_threads(_threads())
-    # NumPy's and torch's generators take 32 bits of the 63; a smaller seed stays what it is.
+    # NumPy's and torch's generators take 32 bits; a seed that fits is used as it is.
     set_seed((seed ^ (seed >> 32) * 0x9E3779B9) % 2**32)
     if not torch.distributed.is_initialized() and any(hasattr(config, name) for name in SIZES):
-        # `python recipes/vit_tp.py --tensor_parallel_size 1`: the code that splits finds a group of one.
+        # `python recipes/vit_tp.py --tensor_parallel_size 1`: a group of one process for the code that splits.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     alone = not torch.distributed.is_initialized()
@@ -69,25 +69,26 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
 
 
 def _silence() -> None:
-    """Leave out what the libraries say of nothing that a user could change."""
-    # DTensor's advice to join two all-reduces, for the one number of the gradient's norm.
+    """Silence warnings that a user can do nothing about."""
+    # DTensor's advice to merge two all-reduces, given for a single number, the gradient norm.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    # Of every save and load by one process.
+    # Given at each save and load of a single process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _accelerator(config, on_cpu: bool) -> Accelerator:
     if strategy() in ("fsdp", "hsdp") and on_cpu and world_size() > 1:
-        # Accelerate makes FSDP of MULTI_GPU alone; with gloo processes it would train unsharded without a word.
+        # Accelerate turns only MULTI_GPU into FSDP; with gloo processes it would silently train unsharded.
         PartialState(backend="gloo")
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    sizes = {"dp_replicate_size": replicas(), "dp_shard_size": world_size() // replicas()}
     return Accelerator(
-        # One process without CUDA keeps Accelerate's own choice (MPS on a Mac); several talk through gloo.
+        # A single process without CUDA keeps Accelerate's own choice (MPS on a Mac); several use gloo.
         cpu=strategy() == "ddp" and (forced_cpu() or (on_cpu and world_size() > 1)),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
         project_config=ProjectConfiguration(),
-        parallelism_config=_parallelism_config(),
+        parallelism_config=ParallelismConfig(**sizes) if strategy() == "hsdp" else None,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
     )
 
@@ -97,11 +98,8 @@ def cores() -> int:
 
 
 def _threads() -> int:
-    """Return this process's share of the cores, at most OMP_THREAD_LIMIT. OMP_NUM_THREADS is not read: the launcher
-    sets it to 1 on every machine.
-
-    With more threads than OpenMP's limit torch 2.15 computes wrong sums: a gradient norm of inf was seen.
-    """
+    """Return this process's share of the cores, at most OMP_THREAD_LIMIT: with more threads than that torch 2.15
+    computes wrong sums (a gradient norm of inf was seen). OMP_NUM_THREADS is ignored: the launcher sets it to 1."""
     share = max(1, cores() // local_world_size())
     limit = os.environ.get("OMP_THREAD_LIMIT", "")
     return min(share, int(limit)) if limit.isdecimal() and int(limit) else share
@@ -120,7 +118,7 @@ def _check_strategy(strategies: tuple[str, ...]) -> None:
 
 
 def _mesh_shape(config) -> tuple[int, int, int]:
-    """(pipeline, data, tensor) parallel sizes."""
+    """Return the (pipeline, data, tensor) parallel sizes."""
     world, (tensor, pipeline) = world_size(), (getattr(config, name, 1) for name in SIZES)
     for name, size in zip(SIZES, (tensor, pipeline), strict=True):
         if world % size:
@@ -134,8 +132,8 @@ def _mesh_shape(config) -> tuple[int, int, int]:
 
 
 def _check_recipes_keys() -> None:
-    """Refuse what is the recipe's to say: from the environment or the YAML, Accelerate would override it silently."""
-    # The launcher of DeepSpeed exports its own default, 1.
+    """Refuse settings that belong to the recipe: Accelerate would silently prefer the environment or the YAML."""
+    # DeepSpeed's launcher exports its own default, 1.
     if variable("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise UserError(
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or this key in the YAML, overrides the recipe's flag. "
@@ -147,7 +145,7 @@ def _check_recipes_keys() -> None:
 
 
 def _check_descriptors() -> None:
-    """Refuse a world whose three gloo groups do not fit: each takes a descriptor for each process, and three more."""
+    """Refuse a world whose three gloo groups do not fit: each opens a file for every process, and three more."""
     needed = 3 * (world_size() + 3)
     allowed = raise_open_files(needed + OTHER_FILES)
     if world_size() > 1 and allowed < needed:
@@ -157,15 +155,9 @@ def _check_descriptors() -> None:
         )
 
 
-def _parallelism_config() -> ParallelismConfig | None:
-    if strategy() != "hsdp":
-        return None
-    return ParallelismConfig(dp_replicate_size=replicas(), dp_shard_size=world_size() // replicas())
-
-
 def _configure_deepspeed(accelerator: Accelerator, config) -> None:
-    """Batch, accumulation and clipping (0 = none) are the recipe's; DeepSpeed's own defaults would be others."""
-    # With offload DeepSpeed's own Adam takes over the groups, and the scheduler misses the steps of torch's.
+    """Give DeepSpeed the recipe's batch, accumulation and clipping (0 = none) instead of its own defaults."""
+    # With offload DeepSpeed's Adam takes over the groups, and the scheduler misses the steps of torch's.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": micro_batch_size(config, data_parallel(accelerator)[1]),
@@ -178,7 +170,7 @@ def _configure_deepspeed(accelerator: Accelerator, config) -> None:
 def _check_precision(on_cpu: bool) -> None:
     precision = mixed_precision()
     if on_cpu:
-        # Accelerate would train in fp32 and report fp16.
+        # Accelerate would train in fp32 but report fp16.
         if precision in ("fp16", "fp8") and not torch.backends.mps.is_available():
             raise UserError(f"{precision} needs a GPU. Set mixed_precision to no or bf16 in the YAML.")
         return
@@ -202,9 +194,9 @@ def _check_processes(on_cpu: bool) -> None:
 def settle_buckets(model: nn.Module, sample: Tensor) -> None:
     """Let DDP sort its buckets before the first step: call it after `prepare`, at every start.
 
-    After its first backward DDP sorts them by when the gradients came. A resumed run would do so at another step than
-    an uninterrupted one, and its sums would round otherwise. So one sample, a batch of the model's input, is thrown
-    away here.
+    DDP sorts its buckets after the first backward, by the order in which gradients arrived. A resumed run would do so
+    at another step than an uninterrupted one and round its sums differently. So one backward of `sample`, a batch of
+    the model's input, is thrown away here.
     """
     if isinstance(model, DistributedDataParallel):
         model.eval()  # batch norm's statistics stay as they are

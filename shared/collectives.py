@@ -11,14 +11,14 @@ from .errors import UserError
 
 
 def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
-    """Rank and size among the processes that see different samples."""
+    """Return the rank and size among the processes that see different samples."""
     if accelerator.mesh is None:
         return 0, 1
     return accelerator.mesh.get_local_rank("dp"), accelerator.mesh["dp"].size()
 
 
 def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """Sum each value over the data-parallel processes, in float64; every process gets the result."""
+    """Sum each value over the data-parallel processes, in float64; every process gets the sums."""
     if data_parallel(accelerator)[1] == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
@@ -27,7 +27,7 @@ def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]
 
 
 def on_main_process(accelerator: Accelerator, function, *arguments):
-    """Call on rank 0 alone and give every rank its result, or its UserError."""
+    """Call the function on rank 0 alone; every rank gets its result, or raises its UserError."""
     outcome = [None, None]
     if accelerator.is_main_process:
         try:
@@ -43,5 +43,5 @@ def on_main_process(accelerator: Accelerator, function, *arguments):
 
 @functools.cache
 def _patient_group() -> torch.distributed.ProcessGroup:
-    """For waits on rank 0 while it reads whole checkpoints or lists the data: NCCL would give up after ten minutes."""
+    """Make a group for long waits on rank 0, which reads checkpoints or lists data: NCCL gives up after 10 minutes."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=3))

@@ -5,9 +5,11 @@ import dataclasses
 import difflib
 import math
 import os
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -21,7 +23,7 @@ ALIASES = {"--lr": "--learning_rate", "--wd": "--weight_decay", "--max_torn": "-
 
 
 class Range(NamedTuple):
-    """The values that a field takes, both ends included: `epochs: Annotated[int, Range(1)]`."""
+    """The values that a field may have, both ends included: `epochs: Annotated[int, Range(1)]`."""
 
     low: float
     high: float = math.inf
@@ -35,8 +37,9 @@ Fraction = Annotated[float, Range(0, 1)]
 
 @dataclass
 class RunConfig:
-    """How a run goes, and where it writes. Only the seed decides what is learned; the rest may change on resume."""
+    """How a run goes and where it writes. Only the seed affects what is learned; the rest may change on resume."""
 
+    _argument_group_name = "run"
     seed: Annotated[int, Range(0, 2**63 - 1)] = HfArg(default=0, help="decides weights, sample order and augmentation")
     num_workers: Natural = HfArg(
         default=2, help="loader processes per training process; 0 decodes in the training loop"
@@ -61,22 +64,47 @@ class RunConfig:
     profile: bool = HfArg(default=False, help="trace the first epoch's last steps and first evaluation batches")
 
     def identity(self) -> dict:
-        """Return what decides what is learned."""
+        """Return the fields that affect what is learned."""
         return {"seed": self.seed}
 
 
-SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of the recipes that split a network in code
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size")  # fields of recipes that split the network in code
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}. `--help` lists every flag with its default.")
 
+    def format_help(self) -> str:
+        """List the flags: data, model, training (from the field `epochs` on), run."""
+        wrapper = textwrap.TextWrapper(min(100, shutil.get_terminal_size().columns), " " * 6, " " * 6)
+        lines = [f"usage: {self.prog} [--flag value] ...", "below: --flag [its values] default"]
+        for kind in (*self.dataclass_types[1:], self.dataclass_types[0]):
+            hints = get_type_hints(kind, include_extras=True)
+            group = getattr(kind, "_argument_group_name", "model" if "epochs" in hints else "settings")
+            for number, field in enumerate(dataclasses.fields(kind)):
+                if number == 0 or field.name == "epochs":
+                    lines += ["", "training" if field.name == "epochs" else group]
+                default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+                lines += [f"  --{field.name} [{_values(hints[field.name])}] {default or repr(default)}"]
+                lines += wrapper.wrap(field.metadata["help"])
+        return "\n".join([*lines, ""])
+
+
+def _values(hint) -> str:
+    """Describe the values of a type, for a person."""
+    if get_origin(hint) is Literal:
+        return ", ".join(get_args(hint))
+    if not hasattr(hint, "__metadata__"):
+        return {bool: "true, false", str: "text"}.get(hint, "a number")
+    low, high = hint.__metadata__[0]
+    return f"{low:g} to {high:g}" if high < 2**53 else f"{low:g} or more"
+
 
 def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
     """Read the command line into one object of each class.
 
-    arguments: instead of this program's, whose process it prepares (see process.begin).
+    arguments: used instead of this program's own, whose process it also prepares (see lifetime.begin).
     """
     if arguments is None:
         begin()
@@ -101,11 +129,9 @@ def _unknown(argument: str, known: list[str]) -> str:
     if not argument.startswith("-"):
         return f"{argument} belongs to no flag. `--help` lists every flag with its default."
     flag = "--" + argument.lstrip("-").replace("-", "_")
-    beginning = [option for option in known if option.startswith(flag)]
-    nearest = (
-        [ALIASES[flag]] if ALIASES.get(flag) in known else beginning or difflib.get_close_matches(flag, known, 1, 0)
-    )
-    return f"unknown flag {argument}. The nearest is {nearest[0]}; `--help` lists every flag."
+    alike = [option for option in known if option in (ALIASES.get(flag), flag) or option.startswith(flag)]
+    nearest = (alike or difflib.get_close_matches(flag, known, 1, 0))[0]
+    return f"unknown flag {argument}. The nearest is {nearest}; `--help` lists every flag."
 
 
 def _check_bounds(config) -> None:
@@ -117,7 +143,10 @@ def _check_bounds(config) -> None:
 
 
 def _fit_warmup(config, words: list[str]) -> None:
-    """Leave the learning rate time to fall: shorten a default warmup, with a line; raises UserError for a flag's."""
+    """Shorten a default warmup that leaves the learning rate no time to fall, and say so.
+
+    Raises UserError for one that was given as a flag.
+    """
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     if not {"warmup_epochs", "epochs"} <= fields.keys() or config.warmup_epochs < config.epochs:
         return
@@ -135,9 +164,9 @@ def _fit_warmup(config, words: list[str]) -> None:
 
 
 def expand_home(words: list[str]) -> list[str]:
-    """Return the command line with `--flag=~/x` as a shell expands `~/x`.
+    """Expand `~` in the words of a command line, in `--flag=~/x` too.
 
-    Raises UserError where no home is known, and for a path that is no UTF-8, which trackers and caches cannot write.
+    Raises UserError for an unknown home folder, and for text that is not UTF-8, which trackers cannot write.
     """
     expanded = [_expand_home(word) for word in words]
     for text in (*expanded, os.getcwd()):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a modality, images or text, gives to the loop, to `Run` and to the checkpoints: a loader of batches.
+"""The contract between a modality (images, text) and the loop, `Run` and the checkpoints: a loader of batches.
 
-The order (order.py) decides which samples a step takes, the metric (metrics.py) what is better.
+The order (order.py) decides which samples a step takes; the metric (metrics.py) decides what counts as better.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,40 +13,40 @@ from .order import EvaluationOrder, TrainingOrder
 
 
 class Description(NamedTuple):
-    """A loader's words on its part of the data, for the run's first lines, its identity and config.json."""
+    """What a loader says about its part of the data, for the run's first lines, its identity and config.json."""
 
-    unit: str  # of what is counted: images, or sequences
+    unit: str  # what is counted: images, or sequences
     samples: int
-    fingerprint: str  # of the samples' content and names
+    fingerprint: str  # a hash of the samples' content and names
     summary: str  # such as: 1,437 images, 10 classes, 8 x 8 pixels
-    notes: tuple[str, ...]  # more lines, of which the first says what the network sees
+    notes: tuple[str, ...]  # more lines; the first says what the network sees
     identity: dict  # what a resume must find unchanged, such as the class names in their order
-    record: dict  # what else config.json says, such as the decoder
+    record: dict  # further entries of config.json, such as the decoder
 
 
 class Batch(Protocol):
     """One micro-batch: the model's inputs, and what the run counts. A step's loss is the sum of its samples' losses
-    over step_weight; `backward` takes this process's share times parts, which undoes the means of accumulation and
-    replicas."""
+    divided by step_weight; `backward` takes this process's share times parts, which undoes the means that
+    accumulation and data parallelism take."""
 
-    indices: Tensor  # (B,) int64 on the host: which samples these are; -1 is none
-    seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
-    digest: int  # of indices and seeds; those of disjoint parts add up
+    indices: Tensor  # (B,) int64 on the host: which samples these are; -1 for none
+    seeds: Tensor  # (B,) int64: each sample's augmentation seed; the model may draw from it too
+    digest: int  # a hash of indices and seeds; digests of disjoint parts add up
     rejected: tuple[str, ...]  # samples that could not be used, each with the reason
-    wait_seconds: float  # that the training loop stood still for this batch
-    step_weight: float  # W: of the whole global step; images weigh 1 each, text counts tokens
+    wait_seconds: float  # how long the training loop waited for this batch
+    step_weight: float  # W, the weight of the whole global step: an image weighs 1, text counts tokens
     parts: int  # micro-batches of a global step, over accumulation and data-parallel processes
 
 
 class Loader(Protocol):
-    """Batches of this process's share of each step, on the device. `starting_at(step)` lets it iterate from there."""
+    """Batches of this process's share of each step, on the device, from the step given to `starting_at`."""
 
     order: TrainingOrder | EvaluationOrder
     rejects: str  # what a rejected sample is called in metrics.jsonl: undecodable
-    noted: Callable[[], str]  # set by the run: the reason to stop, or an empty string, for waits between two batches
+    noted: Callable[[], str]  # set by the run, asked while a batch is waited for: the reason to stop, or ""
     starting_at: Callable[[int], "Loader"]
-    describe: Callable[[], Description]  # rank 0 calls it once, before the first batch
-    compare: Callable[[dict], str]  # of a former config.json: a line on what differs, or an empty string
-    check_rejected: Callable[[int, int], None]  # raises UserError where so many of the samples are too many
+    describe: Callable[[], Description]  # called once, by rank 0, before the first batch
+    compare: Callable[[dict], str]  # takes a former config.json, returns a line on what differs, or ""
+    check_rejected: Callable[[int, int], None]  # (rejected, samples): raises UserError where they are too many
 
     def __iter__(self) -> Iterator[Batch]: ...

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw random numbers that are functions of a key alone: the first law of the collection.
 
-They are raw 64-bit outputs of Philox (Salmon et al., SC 2011), which NumPy keeps the same for ever, not distributions,
-which it may change.
+They are raw 64-bit outputs of Philox (Salmon et al., SC 2011), which NumPy promises never to change, unlike its
+distributions.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ def hash64(*numbers: int) -> int:
 
 
 class _Philox(threading.local):
-    """A thread's own generator: to set its state takes a fifth of the time of making one."""
+    """A generator of each thread's own: setting its state takes a fifth of the time of making a new one."""
 
     def __init__(self):
         self.generator = np.random.Philox(key=0)
@@ -31,22 +31,22 @@ _philox = _Philox()
 
 
 def random_bits(count: int, *key: int) -> np.ndarray:
-    """`count` uniform uint64 that are a function of the key alone."""
+    """Return `count` uniform uint64 that are a function of the key alone."""
     _philox.key[0] = hash64(*key)
     _philox.generator.state = _philox.start
     return _philox.generator.random_raw(count)
 
 
 def uniforms(count: int, *key: int) -> np.ndarray:
-    """`count` float64 in [0, 1) that are a function of the key alone."""
+    """Return `count` float64 in [0, 1) that are a function of the key alone."""
     return (random_bits(count, *key) >> np.uint64(11)) * 2.0**-53
 
 
 def augmentation_seed(seed: int, epoch: int, index: int) -> int:
-    """What decides the augmentation of one sample in one epoch."""
+    """Return the seed of one sample's augmentation in one epoch."""
     return hash64(seed, epoch, index)
 
 
 def digest(indices: list[int], seeds: list[int]) -> int:
-    """Order-free 64-bit hash of samples and their augmentation seeds: digests of disjoint parts add up (mod 2**64)."""
+    """Hash samples and their augmentation seeds in any order: digests of disjoint parts add up (mod 2**64)."""
     return sum(hash64(index, seed) for index, seed in zip(indices, seeds, strict=True)) % 2**64

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can put right, and the words that a program says."""
+"""Errors that a user can fix, and what a program says."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """What the person at the keyboard can put right: printed as one line, without a traceback."""
+    """An error that the user can fix: printed as one line, without a traceback."""
 
-    alone = False  # whether only this process has seen it: rank 0 will not report it
+    alone = False  # whether this process alone has it, so that rank 0 will not report it
 
 
 def say(line: str, stream=None) -> None:
@@ -19,12 +19,12 @@ def say(line: str, stream=None) -> None:
 
 
 def job_folder() -> Path | None:
-    """Where slurm/launch.sh and the processes that it started tell each other what they know."""
+    """Return the folder in which slurm/launch.sh and the processes that it started leave each other messages."""
     return Path(os.environ["RECIPES_JOB_FOLDER"]) if "RECIPES_JOB_FOLDER" in os.environ else None
 
 
 def tell_job(name: str, text: str) -> None:
-    """Into a file of job_folder(), for slurm/launch.sh."""
+    """Write a file into job_folder(), for slurm/launch.sh."""
     if folder := job_folder():
         with contextlib.suppress(OSError):  # the folder goes with the job
             (folder / name).write_text(text, errors="backslashreplace")

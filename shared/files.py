@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError, say
 
-PATIENCE = 3 * 3600  # seconds for another start to end what both want
+PATIENCE = 3 * 3600  # seconds to wait for another process that makes the same file
 
 
 def take_lock(path: Path, what: str, seconds: float) -> FileLock:
-    """Lock a file, for as long as the result is held; `what` is in use where another process has it.
+    """Lock a file for as long as the result is kept. Where another process holds it, say `what` and wait.
 
-    Says so and waits; raises Timeout after these seconds, and OSError where the file cannot be made.
+    Raises Timeout after these seconds, and OSError where the file cannot be made.
     """
     held = FileLock(path)
     with contextlib.suppress(Timeout):
@@ -34,8 +34,8 @@ def take_lock(path: Path, what: str, seconds: float) -> FileLock:
 
 
 def make_once(path: Path, write: Callable[[Path], object], is_there: Callable[[Path], bool] = Path.exists) -> Path:
-    """Return `path`, a file or folder of a cache, which `write` makes under the name that it is given, unless it is
-    there, as it should be, or another start makes it: that one is waited for.
+    """Return `path`, a file or folder of a cache. Where it is missing, `write` makes it under a temporary name, or
+    another process that is making it is waited for.
 
     Raises UserError where it cannot be written.
     """
@@ -57,8 +57,8 @@ def make_once(path: Path, write: Callable[[Path], object], is_there: Callable[[P
 
 @contextlib.contextmanager
 def complete(path: Path) -> Iterator[Path]:
-    """Give the name under which the block writes a file or folder, which gets its own when it is complete; where it
-    does not come to that, nothing stays."""
+    """Give a temporary name to write a file or folder under; it is renamed when the block ends, removed when it
+    fails."""
     partial = partial_of(path)
     try:
         yield partial
@@ -69,13 +69,12 @@ def complete(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return a name beside `path` that no other process, of any host, writes."""
+    """Return a name beside `path` that no other process of any host uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
 def remove_partials(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left in a folder of the file `name`, or of any: call it under the lock of what
-    they wrote."""
+    """Remove what killed processes left of the file `name`, or of any, below a folder: hold the lock on it."""
     for path in list(folder.rglob(f".{glob.escape(name)}*.partial")):
         _remove(path)
 
@@ -87,26 +86,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict:
-    """Nothing where it is absent, or was cut off by a loss of power: each start writes it again."""
-    return parse_object(path.read_text(errors="replace")) if path.exists() else {}
-
-
 def write_json(path: Path, values: dict) -> None:
-    """Raises OSError, and leaves the former file whole."""
+    """Replace the file in one piece. Raises OSError, and then leaves the former one whole."""
     replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def parse_object(text: str) -> dict:
-    """Return the object in a line; nothing where the line is partial."""
-    with contextlib.suppress(json.JSONDecodeError):
-        values = json.loads(text)
-        return values if isinstance(values, dict) else {}
-    return {}
-
-
 def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would outlive a loss of power."""
+    """Wait until a file, or a folder's list of names, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,7 +101,7 @@ def to_disk(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """A reader finds the former text or this one, whole, also after a loss of power."""
+    """Replace a file's text so that a reader finds the old or the new one whole, also after a power failure."""
     beside = path.with_suffix(".tmp")
     beside.write_text(text)
     to_disk(beside)
@@ -123,7 +109,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def raise_open_files(wanted: int) -> int:
-    """Let this process open `wanted` files and sockets, or as many as the system allows; return how many that are."""
+    """Raise this process's limit on open files to `wanted`, or as far as the system allows; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:

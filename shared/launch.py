@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the launcher's variables, as the only module that does: what another launch left over is refused by name."""
+"""Read the launcher's variables (no other module does), and refuse by name those that another launch left over."""
 
 import functools
 import os
@@ -16,11 +16,10 @@ LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT",
 NUMBERS = (*LAUNCH[:5], "PARALLELISM_CONFIG_DP_REPLICATE_SIZE")
 FLAGS = ("ACCELERATE_USE_", "ACCELERATE_DEBUG_MODE")
 READ = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "OMP_NUM_THREADS", "PMI_", "OMPI_COMM_", "MV2_COMM_", *LAUNCH)
-OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate reads beside WORLD_SIZE
+OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads them beside WORLD_SIZE
 WORDS = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
-# What says how a run was launched. Of Slurm's variables, which may hold secrets (SLURM_JWT), only what is named here:
-# the job, and what it was given.
+# Variables that say how a run was launched. Slurm's may hold secrets (SLURM_JWT): only the named ones are recorded.
 LAUNCHER_VARIABLES = re.compile(
     "(ACCELERATE|FSDP|PARALLELISM|NCCL|GLOO|CUDA_VISIBLE)_.*|OMP_NUM_THREADS|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
     "|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|NVIDIA_TF32_OVERRIDE"
@@ -31,7 +30,7 @@ SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class Launch(NamedTuple):
-    """The facts of a launch that a recipe may refuse before its processes meet; the preflight makes one of a plan."""
+    """What a recipe's `check` may refuse before its processes meet; the preflight makes one from a plan."""
 
     strategy: str  # ddp, fsdp, hsdp or zero1 to zero3
     precision: str  # no, fp16, bf16 or fp8
@@ -40,14 +39,14 @@ class Launch(NamedTuple):
 
 
 def this_launch() -> Launch:
-    """Return the one that this process is of."""
+    """Return the launch that this process belongs to."""
     return Launch(strategy(), mixed_precision(), world_size(), not forced_cpu() and torch.cuda.is_available())
 
 
 def settle_variables() -> None:
-    """Bring launcher's variables into the form that accelerate and torch read; one that is empty is none.
+    """Bring the launcher's variables into the form that accelerate and torch read, and drop empty ones.
 
-    Raises UserError for a value that says nothing, and for a launch that lacks a part.
+    Raises UserError for a value without a meaning, and for a launch with a variable missing.
     """
     for name, value in [(name, value) for name, value in os.environ.items() if name.startswith(READ)]:
         if not value.strip():
@@ -65,9 +64,9 @@ def settle_variables() -> None:
 
 @functools.cache
 def program() -> tuple[Path, bytes]:
-    """Return path and content of the program that runs, no content where it is no file.
+    """Return the path and the content of the running program; the content is empty where it is not a file.
 
-    Read once, at the start: it may be edited while the data is listed.
+    It is read once, at the start, for it may be edited while the data is listed.
     """
     path = Path(sys.argv[0])
     return path, path.read_bytes() if path.is_file() else b""
@@ -91,7 +90,7 @@ def _settle_choices() -> None:
 
 
 def _check_launch() -> None:
-    """All of a launch's variables are there, or it is one process without a launcher."""
+    """Require all of a launch's variables, or none: then it is one process without a launcher."""
     for name in OTHERS:
         if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
             raise left_over(f"{name}={os.environ[name]}, but MPI starts no recipe: accelerate launch does", name)
@@ -109,7 +108,7 @@ def _check_launch() -> None:
 
 
 def never_met(seconds: int) -> UserError:
-    """Return the error for processes of a launch that did not come."""
+    """Return the error for a launch whose processes did not all arrive."""
     given = [name for name in LAUNCH if name in os.environ]
     return left_over(f"{_values(given)}, but not all of these processes came within {seconds} s", *given)
 
@@ -119,12 +118,12 @@ def _values(names: list[str]) -> str:
 
 
 def mixed_precision() -> str:
-    """`no`, `fp16`, `bf16` or `fp8`: the YAML's, which the launcher passes on."""
+    """Return the YAML's `no`, `fp16`, `bf16` or `fp8`, which the launcher passes on."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
 def strategy() -> str:
-    """`ddp` (one process too), `fsdp`, `hsdp` or `zero1` to `zero3`: the YAML's, which the launcher passes on."""
+    """Return the YAML's `ddp` (for one process too), `fsdp`, `hsdp` or `zero1` to `zero3`."""
     if variable("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         return f"zero{variable('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
     if variable("ACCELERATE_USE_FSDP", "false") == "true":
@@ -137,47 +136,47 @@ def variable(name: str, default: str) -> str:
 
 
 def rank() -> int:
-    """This process's number among those of the launch."""
+    """Return this process's number in the launch."""
     return int(os.environ.get("RANK") or 0)
 
 
 def local_world_size() -> int:
-    """Processes of this launch on this machine."""
+    """Return the number of this launch's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def launched() -> bool:
-    """Tell whether a launcher has started this process."""
+    """Return whether a launcher started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def under_torchrun() -> bool:
-    """Tell whether torchrun watches over the processes of this launch."""
+    """Return whether torchrun watches over this launch's processes."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def error_file() -> str:
-    """Return where torchrun reads what a worker died of, or an empty string."""
+    """Return the file from which torchrun reads why a worker failed, or an empty string."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
 
 
 def world_size() -> int:
-    """Processes of this launch; known before they meet."""
+    """Return the number of this launch's processes, known before they meet."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def replicas() -> int:
-    """HSDP: the model's sharded copies."""
+    """Return the number of HSDP's replicas, each of which is sharded."""
     return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
 
 
 def forced_cpu() -> bool:
-    """By `use_cpu` of a YAML for one process, or by local_cpu.yaml, which hides the GPUs from any number of them."""
+    """Return whether `use_cpu` of a YAML, or local_cpu.yaml, which hides the GPUs, keeps the launch off them."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
     return hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
 
 
 def launcher_variables() -> dict[str, str]:
-    """Return what the environment says of the launch, without names that promise a secret."""
+    """Return the environment's variables about the launch, without those whose names suggest a secret."""
     names = (name for name in sorted(os.environ) if LAUNCHER_VARIABLES.fullmatch(name) and not SECRETS.search(name))
     return {name: os.environ[name] for name in names}

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begin and end a process: its streams, one line for an error, a parent that died. End a run before its time: by a
-signal, a STOP file or a deadline; all processes leave at the same step."""
+"""Begin and end a process: its streams, one line for an error, a parent that died."""
 
 import contextlib
 import ctypes
@@ -23,8 +22,7 @@ PATIENCE = 60  # seconds for processes that no launcher watches to meet
 
 
 class _Stream(io.FileIO):
-    """Where words cannot be written (`| head -1`, a terminal that is gone, a full disk) they are lost, and the run
-    continues."""
+    """A stream that drops what it cannot write (`| head -1`, a closed terminal, a full disk); the run continues."""
 
     def write(self, data) -> int:
         with contextlib.suppress(OSError):
@@ -33,13 +31,13 @@ class _Stream(io.FileIO):
 
 
 def begin() -> None:
-    """Prepare a program's process: from here on no print fails, an uncaught UserError ends it with one `error:` line
-    from rank 0 and exit status 1, and an interrupt before there is a run to save with status 130."""
+    """Prepare a program's process. From here on no print fails; an uncaught UserError ends it with one `error:` line
+    from rank 0 and exit status 1; an interrupt before there is a run to save ends it with status 130."""
     sys.excepthook = one_line
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed by the caller: the next file that is opened would be taken for it
+        except OSError:  # closed by the caller: the next file to be opened would get this number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # else pytest's
@@ -58,19 +56,19 @@ def _unfailing(number: int, former: io.TextIOWrapper | None) -> io.TextIOWrapper
 
 
 def one_line(kind, error, trace) -> None:
-    """For sys.excepthook."""
+    """Say what ended the program, as sys.excepthook."""
     if isinstance(error, UserError):
         tell_job(f"error-{rank()}.txt", f"error: {error}\n")
         if rank() and not error.alone:
-            # A launcher ends every worker at the first one that fails: leave rank 0 the time to speak.
+            # A launcher ends every worker when the first one fails: leave rank 0 time to speak.
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save
             time.sleep(20)
         end_at_once(error)
     elif isinstance(error, KeyboardInterrupt):
         print("\ninterrupted", file=sys.__stderr__, flush=True)
         end_workers()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end that a shell's loop of commands looks for
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's loop stops only at a death by signal
         os.kill(os.getpid(), signal.SIGINT)
     else:
         tell_job(f"error-{rank()}.txt", "".join(traceback.format_exception(kind, error, trace)))
@@ -81,22 +79,22 @@ def one_line(kind, error, trace) -> None:
 def end_at_once(error: UserError) -> None:
     """Print the line and exit, from any thread."""
     _tell_launcher(f"error: {error}")
-    # sys.stderr is a buffer here: init_process_group wraps the hook, to prefix what it prints with the rank.
+    # sys.stderr is a buffer here: init_process_group wraps the hook to prefix its output with the rank.
     print(f"error: {error}", file=sys.__stderr__, flush=True)
     sys.stdout.flush()
-    end_workers()  # they may be so new that they would not notice
+    end_workers()  # new ones might not notice
     # Threads of a half-made process group could abort a normal exit and print over the line.
     os._exit(1)
 
 
 def end_workers() -> None:
-    """Of this process's loaders, by force."""
+    """Kill the workers of this process's loaders."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def _tell_launcher(text: str) -> None:
-    """Into torchrun's file, so that what it prints of a worker that failed ends with the reason."""
+    """Write into torchrun's file, so that its report of a failed worker ends with the reason."""
     if path := error_file():
         more = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
@@ -105,8 +103,8 @@ def _tell_launcher(text: str) -> None:
 
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
-    """Within it the processes of a launch meet. Without torchrun, which watches over its own, some may never come:
-    PATIENCE seconds later this one ends with an `error:` line."""
+    """Limit the time in which the processes of a launch meet. torchrun watches over its own; without it some may never
+    arrive, and after PATIENCE seconds this process ends with an `error:` line."""
     timer = threading.Timer(PATIENCE, end_at_once, [never_met(PATIENCE)])
     timer.daemon = True
     if world_size() > 1 and not under_torchrun():
@@ -118,10 +116,10 @@ def meeting() -> Iterator[None]:
 
 
 def die_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> None:
-    """Let the kernel send this process the signal when its parent ends, however it does. For a child, as Popen's
-    preexec_fn or a worker's first line. A launcher needs SIGTERM, to end its own workers.
+    """Ask the kernel to send this process a signal when its parent ends: in a child, as Popen's preexec_fn or a
+    worker's first line. A launcher needs SIGTERM, to end its own workers.
 
-    parent: if it is not the parent any more, the process ends now.
+    parent: the process ends at once if this is no longer its parent.
     """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
@@ -134,7 +132,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 def ignore_signals() -> None:
-    """For a loader's worker: the signals reach a whole process group, and the training process answers them."""
+    """Ignore SIGNALS in a loader's worker: they reach its whole process group, and the training process acts."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -143,12 +141,12 @@ GRACE = 45  # seconds for a last checkpoint; a new start waits 60 for the folder
 
 
 def die_with_launcher() -> None:
-    """Workers end when their launcher does: at first as if by SIGTERM, with a checkpoint; GRACE seconds later by
-    force, for one may wait for a peer that is gone."""
+    """End this worker when its launcher ends: by SIGTERM, with a checkpoint, and GRACE seconds later by force, since
+    it may wait for a peer that is gone."""
     if launched() and sys.platform == "linux":
         die_with_parent()
         if os.getppid() == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
-            sys.exit(1)  # it died while this process imported its libraries, and init took this one over
+            sys.exit(1)  # it died while this process imported its libraries
         threading.Thread(target=_end_by_force, args=(os.getppid(),), daemon=True).start()
 
 

@@ -16,8 +16,8 @@ from .launch import strategy
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
-    """Decay matrices and filters, but neither norms and biases (He et al., arXiv:1812.01187, section 3.1) nor
-    parameters whose name ends in one of `no_decay`."""
+    """Make groups in which matrices and filters decay, but norms, biases (He et al., arXiv:1812.01187, section 3.1)
+    and parameters whose name ends in one of `no_decay` do not."""
     groups = {weight_decay: [], 0.0: []} if weight_decay else {0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -28,9 +28,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, no_decay: tuple[str,
 
 
 def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_steps: int) -> LambdaLR:
-    """The optimizer's learning rate times `one_cycle`, or times `cosine` after a linear warmup from 0.
+    """Scale the optimizer's learning rate by `one_cycle`, or by `cosine` after a linear warmup from 0.
 
-    Both count steps of the global batch: step the scheduler once per optimizer step, on every process, unprepared.
+    Both count global steps: step the scheduler once per optimizer step, on every process, without `prepare`.
     """
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
@@ -38,8 +38,8 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
 
 
 def one_cycle(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Up from 1/25 to 1 and down to nearly 0, both by a cosine (Smith & Topin, arXiv:1708.07120, with the factors of
-    torch's OneCycleLR, which fails for warmups of less than two steps). The momentum is left alone."""
+    """Return a factor that rises from 1/25 to 1 and falls to nearly 0, both by a cosine (Smith & Topin,
+    arXiv:1708.07120, with the factors of torch's OneCycleLR, which fails for warmups of less than two steps)."""
     first, last = 1 / 25, 1 / 25e4
     if step < warmup_steps:
         return 1 - (1 - first) * (1 + math.cos(math.pi * step / warmup_steps)) / 2
@@ -48,10 +48,10 @@ def one_cycle(step: int, total_steps: int, warmup_steps: int) -> float:
 
 
 def zero_momentum(optimizer: Optimizer) -> Optimizer:
-    """Let SGD's momentum start from zeros, which gives the first step that torch's empty buffers give.
+    """Start SGD's momentum from zeros; the first step is the same as torch's.
 
-    Fused SGD makes them by `empty_like`. Where fp16's scaler skips the first step they stay so, and the second one
-    adds to uninitialised memory (torch 2.15, torch/optim/sgd.py, _fused_sgd).
+    Fused SGD makes the buffers by `empty_like`. Where fp16's scaler skips the first step they stay uninitialised, and
+    the second step adds to them (torch 2.15, torch/optim/sgd.py, _fused_sgd).
     """
 
     def fill(optimizer: Optimizer, *_) -> None:
@@ -65,13 +65,13 @@ def zero_momentum(optimizer: Optimizer) -> Optimizer:
 
 
 def clip_grad_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-    """The norm of all gradients, which are then scaled so that it is at most max_norm; 0 leaves them as they are.
+    """Return the norm of all gradients, and scale them so that it is at most max_norm; 0 leaves them as they are.
 
-    For plain tensors without clipping it is one pass over them, where torch's clip_grad_norm_ takes two and writes.
+    For plain tensors without clipping this reads them once; torch's clip_grad_norm_ also writes them.
     """
     clip = accelerator.clip_grad_norm_
     if accelerator.scaler:
-        # Accelerate 1.15 would unscale twice, which torch refuses, where FSDP2's model did not go through `prepare`.
+        # Accelerate 1.15 unscales twice, which torch refuses, where FSDP2's model did not go through `prepare`.
         accelerator.unscale_gradients()
         clip = clip_grad_norm_
     if max_norm or strategy() != "ddp" or any(isinstance(parameter, DTensor) for parameter in model.parameters()):

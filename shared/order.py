@@ -2,7 +2,7 @@
 """Order the samples as a function of the seed.
 
 Global step k of an epoch takes the samples [k*G, (k+1)*G) of the epoch's permutation, whatever the number of
-processes, workers or accumulation steps; a process takes its slice of them.
+processes, workers or accumulation steps; each process takes its slice of them.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from .errors import UserError
 
 
 class Blocks(NamedTuple):
-    """A shuffle that reads few files at a time: the shards in a random order, then the samples of each `size` of them,
-    one window after the other. The samples of a shard always meet within one window: harmless where shards were filled
-    at random, as tools/pack.py does, and not where each holds one class."""
+    """A shuffle that reads few files at a time: the shards in random order, then the samples of each `size` shards,
+    window after window. A shard's samples always fall into one window, which does no harm where shards were filled at
+    random, as tools/pack.py does, but does where each shard holds one class."""
 
-    shard: np.ndarray  # (samples,): the shard of each sample
+    shard: np.ndarray  # (samples,): each sample's shard
     size: int
 
 
 def micro_batch_size(config, size: int) -> int:
-    """Samples per forward of one of `size` data-parallel processes.
+    """Return the samples in a forward of one of `size` data-parallel processes.
 
     config holds global_batch_size and gradient_accumulation_steps. Raises UserError where they do not divide.
     """
@@ -40,11 +40,8 @@ def micro_batch_size(config, size: int) -> int:
 
 
 class TrainingOrder:
-    """A batch sampler: yields this process's micro-batches, as lists of (epoch, sample index), from `step` to the end
-    of its epoch.
-
-    Raises UserError where an epoch would hold no whole global batch.
-    """
+    """A batch sampler that yields this process's micro-batches, lists of (epoch, sample index), from `step` to the
+    end of its epoch. Raises UserError where there are fewer samples than one global batch."""
 
     def __init__(
         self,
@@ -57,8 +54,8 @@ class TrainingOrder:
         blocks: Blocks | None = None,
         weights: np.ndarray | None = None,
     ):
-        """rank, size: data-parallel. weights: (samples,), each one's in a step's loss, such as its counted tokens;
-        None is 1 each."""
+        """rank, size: among the data-parallel processes. weights: (samples,), of each in a step's loss, such as its
+        number of tokens; None is 1 each."""
         if samples < global_batch_size:
             raise UserError(
                 f"{samples} training images do not fill one global batch. "
@@ -73,12 +70,12 @@ class TrainingOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The incomplete global batch at the end of an epoch is dropped."""
+        """The number of whole global batches; an incomplete last one is dropped."""
         return self.samples // self.global_batch_size
 
     @property
     def parts(self) -> int:
-        """Micro-batches of a global step, over accumulation and data-parallel processes."""
+        """The number of micro-batches in a global step, over accumulation and data-parallel processes."""
         return self.global_batch_size // self.micro_batch_size
 
     def step_weight(self, step: int) -> float:
@@ -95,7 +92,7 @@ class TrainingOrder:
         return (self.steps_per_epoch - self.step % self.steps_per_epoch) * (self.share // self.micro_batch_size)
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """(samples,): the order in which an epoch takes the samples; its last, incomplete global batch included."""
+        """Return (samples,): the order of an epoch, with its incomplete last batch."""
         draws = random_bits(self.samples, self.seed, epoch)
         if self.blocks is None:
             return np.argsort(draws, kind="stable")
@@ -104,8 +101,7 @@ class TrainingOrder:
         return np.lexsort((draws, place[shard] // size))
 
     def following(self, epoch: int, index: int) -> Iterator[int]:
-        """The samples that may take the place of one that is rejected: what follows it in the epoch's order, on any
-        topology."""
+        """Yield what may replace a rejected sample: those after it in the epoch's order, the same on any topology."""
         permutation = self.permutation(epoch)
         (place,) = np.flatnonzero(permutation == index)
         yield from np.roll(permutation, -place)[1:].tolist()
@@ -122,14 +118,14 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """A batch sampler over every sample once. All processes yield equally many full batches, or a collective in the
-    forward would wait for ever: index -1 pads the last ones."""
+    """A batch sampler over every sample once. Index -1 pads the last batches, so that all processes yield equally
+    many full ones: a collective in the forward would wait forever otherwise."""
 
     def __init__(self, samples: int, batch_size: int, rank: int, size: int):
         self.samples, self.micro_batch_size, self.rank, self.size = samples, batch_size, rank, size
 
     def following(self, epoch: int, index: int) -> Iterator[int]:
-        """A rejected sample is left out."""
+        """Yield nothing: a rejected sample is left out."""
         return iter(())
 
     def __len__(self) -> int:

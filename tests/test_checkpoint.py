@@ -154,7 +154,7 @@ def test_deepspeeds_state_is_refused_elsewhere_with_the_way_out(tmp_path, monkey
             folder / "step-00000003", SimpleNamespace(**{**vars(ALONE), "num_processes": here[1]}), *trained()
         )
     for words in (
-        f"written by {wrote[0]} on {wrote[1]} processes; here is {here[0]} on {here[1]}",
+        f"written by {wrote[0]} on {wrote[1]} processes; this run is {here[0]} on {here[1]}",
         f"python tools/export.py {tmp_path}/run weights",
         "--pretrained weights",
     ):
@@ -300,7 +300,7 @@ def test_lines_that_found_no_room_stand_once_when_there_is_some(tmp_path, monkey
 def test_files_that_a_loss_of_power_emptied_are_as_if_absent(tmp_path):
     for content in (b"", b"\0\0\0", b'{"status": "fin', b"[1]", b"\xff\xfe"):
         (tmp_path / "summary.json").write_bytes(content)
-        assert files.read_json(tmp_path / "summary.json") == {}
+        assert run_folder.read_json(tmp_path / "summary.json") == {}
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n7\n{"step": 2}\n{"step": 3')
     run_folder.MetricsFile(tmp_path / "metrics.jsonl").drop_after(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -355,7 +355,7 @@ def test_stop_reads_a_step_when_the_next_one_is_done(tmp_path):
     steps.note(7, torch.tensor(1.0), [torch.tensor(1.0)], [torch.tensor([4])])
     with pytest.raises(UserError, match=r"step 6 has the losses inf and the gradient norm nan, from samples 3, 8 "):
         steps.check(but_last=True)
-    record = files.read_json(tmp_path / "nonfinite.json")
+    record = run_folder.read_json(tmp_path / "nonfinite.json")
     assert (record["step"], record["processes"][0]["samples"]) == (6, [3, 8])
 
 

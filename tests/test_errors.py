@@ -229,7 +229,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ("vit_pp", ["--pipeline_parallel_size", "4", "--pipeline_chunks", "2"], {}, ["4 or more"]),
         ("vit_pp", ["--pipeline_chunks", "7"], {}, ["do not divide", "--pipeline_chunks"]),
         ("vit_pp", [], FSDP, ["vit_pp.py does not run under fsdp", "local_ddp.yaml"]),
-        ("vit", ["--patch_size", "5"], {}, ["--image_size 32 is no multiple of the patch size 5", "30"]),
+        ("vit", ["--patch_size", "5"], {}, ["--image_size 32 is not a multiple of the patch size 5", "30"]),
         ("vit", [], FSDP | {"FSDP_VERSION": "1"}, ["fsdp_version: 2"]),
         ("vit", [], ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, ["--max_grad_norm"]),
         ("vit_fsdp", [], {}, ["vit_fsdp.py does not run under ddp", "local_hsdp.yaml"]),

@@ -143,7 +143,7 @@ def test_a_user_without_a_home_has_a_cache_of_his_own(monkeypatch, tmp_path):
     assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
     if os.getuid() == 0:
         os.chown(folder, 1, 1)
-        with pytest.raises(UserError, match=r"is another user's\. Let HOME or SCRATCH"):
+        with pytest.raises(UserError, match=r"belongs to another user\. Set HOME or SCRATCH"):
             cache_folder()
 
 

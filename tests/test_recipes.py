@@ -6,9 +6,7 @@ import importlib
 import json
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, environment, launch_command, python
+from conftest import ROOT, launch_command, python
 from packaging.requirements import Requirement
 from packaging.version import Version
 from test_strategies import CASES, TABLE
@@ -28,7 +26,6 @@ from shared.config import parse
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 TRAININGS = {path.name for path in RECIPES} - {"allreduce_pi.py"}
 TOPOLOGIES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-README = (ROOT / "README.md").read_text()
 
 MACHINES = tomllib.loads((ROOT / "slurm/machines.toml").read_text())
 
@@ -185,7 +182,7 @@ def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(server, t
 def test_each_topology_loads_with_no_key_of_another_home(path, monkeypatch):
     """Where there is no Slurm, a YAML says how many processes there are."""
     monkeypatch.syspath_prepend(ROOT / "tools")
-    misplaced = importlib.import_module("preflight").MISPLACED
+    misplaced = importlib.import_module("preflight_checks.topology").MISPLACED
     text = path.read_text()
     keys = set()
     for name, value in yaml.safe_load(text).items():
@@ -232,37 +229,14 @@ def test_local_cpu_hides_the_gpus_from_two_processes(server, tmp_path):
     assert process.stdout.splitlines() == ["cpu 2 0"] * 2, process.stderr
 
 
-# README
-
-
-def commands(document: str = README) -> list[str]:
-    """Every line of its shell blocks, continuation lines joined."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", document, re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-DEMO = "accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py"  # the `demo` fixture's
-JOBS = ("slurm/submit.sh ", "python tools/preflight.py ")
-RECIPE_COMMANDS = [
-    line for line in commands() if "recipes/" in line and not line.startswith(("cp ", "diff ", *JOBS)) and line != DEMO
-]
-# Those of the page on Jean Zay too; a test makes $SCRATCH/imagenet.
-JOB_COMMANDS = [
-    line
-    for line in [*commands(), *commands((ROOT / "docs/jean_zay.md").read_text())]
-    if line.startswith(JOBS) and "@" not in line.partition(" -- ")[2] and not line.endswith("...")
-]
-SMOKE_FORM = "--max_steps 1 --data digits --image_size 32 --global_batch_size 64 --num_workers 1"
-SMALL = {"resnet": " --model resnet18 --compile False", "vit": " --model demo --patch_size 8"}
-
+# Commands, for tests/test_documents.py too
 
 # (recipe, topology) of what tests/test_strategies.py and tests/test_by_hand.py launch.
 LAUNCHED = {*TABLE, *(case[:2] for case in CASES.values()), ("vit_tp_by_hand", "tp"), ("allreduce_pi", "ddp")}
 
 
 def resolve(words: list[str], monkeypatch) -> tuple[str, str]:
-    """(recipe, topology) of the words after `accelerate launch`; the launcher and the recipe know all of them."""
+    """Return (recipe, topology) of the words after `accelerate launch`, all of which launcher and recipe must know."""
     arguments = launch_command_parser().parse_args(words)
     topology = Path(arguments.config_file)
     assert ROOT / topology in TOPOLOGIES
@@ -270,80 +244,6 @@ def resolve(words: list[str], monkeypatch) -> tuple[str, str]:
     monkeypatch.syspath_prepend(ROOT / "recipes")
     parse(*importlib.import_module(recipe).CONFIGS, arguments=arguments.training_script_args)
     return recipe, topology.stem.removeprefix("local_")
-
-
-@pytest.mark.parametrize("line", RECIPE_COMMANDS)
-def test_each_recipe_command_of_the_readme_resolves(line, monkeypatch):
-    """Without flags of the recipe it is a launch that another test makes."""
-    program, *words = shlex.split(line)
-    words = words[1:] if program == "accelerate" else ["--config_file", "accelerate_configs/local_ddp.yaml", *words]
-    assert program == "python" or line.startswith("accelerate launch ")
-    assert resolve(words, monkeypatch) in LAUNCHED | {("resnet", "cpu")}
-
-
-# But --profile, which is slow: tests/test_training.py runs it, in bf16 too.
-FLAGGED = [line for line in RECIPE_COMMANDS if re.search(r"\.py (?!--profile)|^python|local_cpu", line)]
-
-
-@pytest.mark.parametrize("line", FLAGGED)
-def test_each_kind_of_recipe_command_of_the_readme_runs(server, line, tmp_path):
-    """Smoke form: the command as it stands, with flags after it that make it small, and at most two processes; the
-    one that hides the GPUs by the real program, the others forked."""
-    _, *words = shlex.split(re.sub(r"--num_processes \d+", "--num_processes 2", line))
-    recipe = re.search(r"recipes/(\w+)\.py", line)[1]
-    words += [*(SMOKE_FORM + SMALL[recipe.split("_")[0]]).split(), "--output_dir", tmp_path / "run"]
-    if "local_cpu" in line:
-        process = python("-m", "accelerate.commands.accelerate_cli", *words)
-    elif words[0] == "launch":
-        process = server.launch(words[1:])
-    else:
-        process = server.python(words)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert (tmp_path / "run/summary.json").exists()
-
-
-def test_each_job_command_passes_the_preflight(server, tmp_path):
-    """The first one by the real program, which asks the preflight with the same words."""
-    assert len(JOB_COMMANDS) >= 5
-    assert JOB_COMMANDS[0].startswith("slurm/submit.sh ")
-    (tmp_path / "imagenet").mkdir()
-    for number, line in enumerate(JOB_COMMANDS):
-        program, *words = shlex.split(line.replace("$SCRATCH", str(tmp_path)))
-        if number == 0:
-            words.insert(words.index("--"), "--dry_run")
-            variables = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-            options = {"env": variables, "capture_output": True, "text": True, "timeout": 300}
-            process = subprocess.run([program, *words], cwd=ROOT, **options)
-        else:
-            process = server.python(["tools/preflight.py", *words[program == "python" :]])
-        assert process.returncode == 0, process.stderr
-        assert re.search(r"^world size +\d+", process.stdout, re.M)
-
-
-def test_each_other_command_of_the_readme_is_one_that_exists():
-    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
-    others = [line for line in commands() if line not in (*RECIPE_COMMANDS, *JOB_COMMANDS, DEMO)]
-    assert {"make demo", "make test", "make smoke"} <= set(others)
-    assert DEMO in commands()
-    assert f"DEMO := {DEMO}\n" in (ROOT / "Makefile").read_text()
-    for line in others:
-        words = shlex.split(line)
-        if words[0] == "make":
-            assert words[1] in targets, line
-        elif words[0] in ("cp", "diff"):
-            assert all((ROOT / word).exists() for word in words[1:] if "/" in word and "my_project" not in word), line
-        elif words[0] == "python":
-            assert words[1].startswith("tools/"), line
-            assert (ROOT / words[1]).exists(), line
-        else:
-            assert words[0] in ("git", "cd", "source", "mkdir", "tensorboard"), line
-
-
-def test_each_figure_of_a_document_names_a_results_file_that_exists():
-    documents = [ROOT / "README.md", *RECIPES]
-    named = {name for path in documents for name in re.findall(r"benchmarks/results/[\w.-]+\.json", path.read_text())}
-    assert named
-    assert all((ROOT / name).exists() for name in named), named
 
 
 def test_the_lock_pins_every_dependency_without_an_address():

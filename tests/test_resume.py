@@ -126,7 +126,7 @@ def test_a_finished_run_says_so_and_changes_nothing(server, demo, tmp_path):
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     again = train(folder, "--logging_steps", "1", server=server)
     assert "already finished: top-1 accuracy" in again.text
-    assert f"To start afresh: rm -r {folder}" in again.text
+    assert f"To start again: rm -r {folder}" in again.text
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 

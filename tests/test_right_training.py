@@ -237,7 +237,7 @@ def test_no_network_of_a_recipe_has_an_active_dropout(recipe, dropping, capfd, m
         assert active(model) == []
         (line,) = [line for line in capfd.readouterr().err.splitlines() if "--pretrained" in line]
         given = "hidden_dropout_prob 0.1, attention_probs_dropout_prob 0.2"
-        assert line == f"--pretrained {dropping} has {given}: trained here without; see --drop_path"
+        assert line == f"--pretrained {dropping} has {given}: trained here without dropout; see --drop_path"
         pixels = torch.randn(2, 3, 32, 32)
         assert torch.equal(model.train()(pixels), model(pixels))
         monkeypatch.setenv("RANK", "1")
@@ -395,7 +395,7 @@ def test_an_edited_recipe_is_no_longer_the_run_of_its_folder(server, tmp_path):
     manifest.write_text(json.dumps(values))
     text = start(edited, "--max_steps", "2", "--resume_override", "source")
     assert "resumed at step 1" in text
-    assert "warning: not as when it was written, in shared/: optim.py" in text
+    assert "warning: shared/ has changed since the checkpoint was written: optim.py" in text
     manifest = sorted((folder / "checkpoints").glob("*/manifest.json"))[-1]
     for old, changes in ((manifest, json.loads(manifest.read_text())), (folder / "config.json", {})):
         changes = changes or json.loads(old.read_text())

@@ -149,7 +149,7 @@ def test_positions_are_interpolated_and_the_head_starts_anew(tmp_path):
     assert (rows - rows[:, :1]).abs().max() < 1e-5
     assert (rows[:, 0].diff() > 0.5).all()
     assert pixel_statistics(tmp_path) is None
-    with pytest.raises(UserError, match="no multiple of the patch size"):
+    with pytest.raises(UserError, match="not a multiple of the patch size"):
         load_pretrained(tmp_path, 50, 10, 0.0, seed=0)
 
 

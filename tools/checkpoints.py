@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's folder has to resume from, and whether it is what was written.
+"""List what a run's folder has to resume from, and verify that it is what was written.
 
     python tools/checkpoints.py list runs/resnet-ad9742eb        # names and sizes: at once
     python tools/checkpoints.py verify runs/resnet-ad9742eb      # reads every byte; exits 1 where one is damaged
 
-A `step-` folder that was damaged since it was written is `damaged`: a resume passes over it. A `tmp-` folder is
-`unfinished`: of a save that is at work, or was cut off; the next start or save of that step removes it. An `aside-`
-folder lay past the checkpoint that a start resumed from, damaged or taken back: yours to look at and to remove.
+A `step-` folder that has changed since it was written is `damaged`: a resume skips it. A `tmp-` folder is
+`unfinished`: its save is at work, or was cut off; the next start or save of that step removes it. An `aside-` folder
+is quarantined: it lay past the checkpoint that a start resumed from. Inspect it, and remove it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SPLITS = dict(zip(("tp", "pp"), SIZES, strict=True))
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the table; returns the exit status."""
+    """Print the table; return the exit status."""
     verify = arguments.command == "verify"
     folder = find(arguments.run_folder)
     reasons = {path: damage(path, contents=verify) for path in checkpoints(folder)}
@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def find(run_folder: Path) -> Path:
-    """Its folder of checkpoints, which is not empty; raises UserError."""
+    """Return the run's folder of checkpoints; raises UserError where it is missing or empty."""
     folder = run_folder / "checkpoints"
     if not run_folder.is_dir():
         raise UserError(f"{run_folder} is no folder. Give the run's folder, the first line that a recipe prints.")
@@ -57,7 +57,7 @@ def folders(folder: Path, prefix: str) -> list[Path]:
 
 
 def manifest(path: Path) -> dict:
-    """What it says of its origin; nothing where it cannot be read."""
+    """Return a checkpoint's manifest; {} where it cannot be read."""
     try:
         values = read_manifest(path)
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def manifest(path: Path) -> dict:
 
 
 def best_of(manifests: dict[Path, dict]) -> Path | None:
-    """The newest of equals, as for what a run keeps."""
+    """Return the best checkpoint, the newest of equals, as a run chooses it."""
     scores = {path: score(values) for path, values in manifests.items() if score(values) > -math.inf}
     return max(scores, key=lambda path: (scores[path], path), default=None)
 
@@ -85,7 +85,7 @@ def row(path: Path, values: dict, best: bool, state: str) -> tuple[str, ...]:
 
 
 def topology(values: dict) -> str:
-    """`fsdp x 2`; a network that the recipe splits itself: `tp x 2, fsdp x 2`."""
+    """Return a text such as `fsdp x 2` or, where the recipe splits the network itself, `tp x 2, fsdp x 2`."""
     rest, parts = values.get("world_size", 1), []
     for word, name in SPLITS.items():
         size = values.get(name, 1)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain weights of a run's checkpoint, whatever strategy wrote it, and proof that they are the network's.
+"""Export the plain weights of a run's checkpoint, whatever strategy wrote it, and check that they are the network's.
 
     python tools/export.py runs/vit-1d2f3a4b weights                              # the newest whole checkpoint
     python tools/export.py runs/vit-1d2f3a4b weights --checkpoint step-00000308
 
 A network of transformers, such as the ViTs', becomes a folder for that library: for
 `ViTForImageClassification.from_pretrained("weights")`, or a recipe's `--pretrained weights`. Any other network becomes
-model.safetensors, beside a config.json with the recipe's configuration and the classes. The folder is there as soon as
+model.safetensors, beside a config.json with the recipe's configuration and the classes. The folder appears only when
 it is complete. Then it is read again and evaluated on the run's held-out images, or --images of them, in fp32 by one
 process, with what the run's own recipe builds; the accuracy must be the checkpoint's. The result is in check.json
 beside the weights: without it they are not checked.
@@ -41,7 +41,7 @@ from shared.lifetime import begin
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
-# What splits a run over processes.
+# The settings that split a run over processes, for one process.
 ALONE = dict.fromkeys(SIZES, 1) | {"sync_batch_norm": False, "compile": False}
 LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = choose(run_folder / "checkpoints", arguments.checkpoint)
     print(f"from {checkpoint}", flush=True)
     run = json.loads((run_folder / "config.json").read_text())
-    run["data_config"]["data"] = arguments.data or run["identity"]["data"]  # whole, not relative to the run's start
+    run["data_config"]["data"] = arguments.data or run["identity"]["data"]  # an absolute path
     run["config"] |= {"pretrained": arguments.pretrained} if arguments.pretrained else {}
     recipe = load_recipe(find_recipe(run))
     with as_user_errors(recipe):
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def refuse(run_folder: Path, out: Path, images: int = 0, device: str = "cpu") -> None:
-    """Before anything is read: raises UserError."""
+    """Raise UserError for arguments that cannot work, before anything is read."""
     if images < 0:
         raise UserError(f"--images {images} is no number of images. Give 1 or more, or leave it out for all.")
     if device == "cuda" and not torch.cuda.is_available():
@@ -84,7 +84,7 @@ def refuse(run_folder: Path, out: Path, images: int = 0, device: str = "cpu") ->
 
 
 def choose(folder: Path, name: str | None) -> Path:
-    """The named checkpoint or the newest whole one; raises UserError where it is damaged or there is none."""
+    """Return the named checkpoint or the newest whole one; raises UserError where it is damaged or there is none."""
     there = checkpoints(folder)
     if not there:
         raise UserError(f"{folder} holds no checkpoint. Train to the first one: see --checkpointing_steps.")
@@ -95,14 +95,14 @@ def choose(folder: Path, name: str | None) -> Path:
         if reason is None:
             return path
         print(f"{path} is damaged: {reason}", file=sys.stderr, flush=True)
-    others = "Leave --checkpoint out to take the newest whole one." if name else "Go on with the run to write another."
+    others = "Leave --checkpoint out to take the newest whole one." if name else "Resume the run to write another."
     raise UserError(f"{f'{folder / name} is no' if name else f'{folder} holds no'} whole checkpoint. {others}")
 
 
 @contextlib.contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """A folder that gets the name `out` at the end, or is removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, as Ctrl-C is, so that it is removed
+    """Make a folder that gets the name `out` at the end, or is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, as Ctrl-C does, so that it is removed
     with complete(out) as folder:
         folder.mkdir()
         yield folder
@@ -112,7 +112,8 @@ def beside(out: Path) -> Iterator[Path]:
 
 
 def find_recipe(run: dict) -> Path:
-    """Beside the `shared` that the run used, or as it was typed, or this repository's of the same name."""
+    """Find the recipe beside the `shared` that the run used, or as it was typed, or this repository's of the same
+    name."""
     typed = Path(run["command"][1])
     places = [Path(run["shared"]).parent.parent / typed.name, typed, ROOT / "recipes" / typed.name]
     for path in places:
@@ -122,7 +123,8 @@ def find_recipe(run: dict) -> Path:
 
 
 def load_recipe(path: Path) -> ModuleType:
-    """The recipe as a module. Its folder comes first, as in `python RECIPE`: it may have a `shared` of its own."""
+    """Import the recipe as a module. Its folder comes first, as in `python RECIPE`: it may have a `shared` of its
+    own."""
     sys.path.insert(0, str(path.parent))
     own = path.parent / "shared"
     if own.is_dir() and own.resolve() != Path(shared.__file__).resolve().parent:
@@ -137,7 +139,7 @@ def load_recipe(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def as_user_errors(recipe: ModuleType) -> Iterator[None]:
-    """What the recipe's own `shared` refuses becomes an error of ours."""
+    """Turn a UserError of the recipe's own `shared` into one of ours."""
     theirs = sys.modules[recipe.parse.__module__].UserError
     try:
         yield
@@ -146,7 +148,7 @@ def as_user_errors(recipe: ModuleType) -> Iterator[None]:
 
 
 def recipe_config(recipe: ModuleType, run: dict):
-    """The recipe's Config for one process, whose batches are those that a process of the run had."""
+    """Return the recipe's Config for one process, with batches as large as those of one process of the run."""
     config = dataclasses.replace(known(recipe.Config, run["config"]), **fields(recipe.Config, ALONE))
     config.gradient_accumulation_steps *= run["data_parallel_size"]
     return config
@@ -157,19 +159,19 @@ def known(kind: type, values: dict):
 
 
 def fields(kind: type, values: dict) -> dict:
-    """Those that the dataclass has: the run's recipe may be an older or a newer one."""
+    """Return those values that the dataclass has: the run's recipe may be an older or a newer one."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in values.items() if name in names}
 
 
 def held_out(recipe: ModuleType, run: dict, images, config, device: str) -> tuple:
-    """An Accelerator of one process on the device, in fp32, and the recipe's loader of the held-out images."""
+    """Return an Accelerator of one process on the device, in fp32, and the recipe's loader of the held-out images."""
     for name in [name for name in os.environ if name.startswith(LAUNCHER)]:
         del os.environ[name]
     os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
     torch.backends.cudnn.allow_tf32 = False
     run_config = known(recipe.RunConfig, run["run_config"] | {"report_to": "none"})
-    # Without the sizes of a split, for which it would make a process group of one.
+    # Without the sizes of a split: they would need a process group.
     asked = SimpleNamespace(**{name: value for name, value in vars(config).items() if name not in ALONE})
     accelerator = recipe.build_accelerator(run_config.seed, asked)
     return accelerator, recipe.build_loaders(accelerator, run_config, images, config)[1]
@@ -181,7 +183,7 @@ def held_out(recipe: ModuleType, run: dict, images, config, device: str) -> tupl
 def write(
     folder: Path, recipe: ModuleType, run: dict, images, config, weights: dict[str, Tensor]
 ) -> Callable[[Path], torch.nn.Module]:
-    """Fill the folder; returns what reads the network from it, wherever it lies by then."""
+    """Fill the folder; return a function that loads the network from it, wherever it lies by then."""
     mean, std = ([value / 255 for value in values] for values in pixel_statistics(recipe, config))
     with torch.device("meta"):
         network = recipe.build_model(images, config, len(run["classes"]), seed=0)
@@ -205,7 +207,7 @@ def write(
 
 
 def pixel_statistics(recipe: ModuleType, config) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, of [0, 255], by which the recipe's loaders normalise."""
+    """Return mean and standard deviation, in [0, 255], by which the recipe's loaders normalise."""
     own = getattr(config, "pretrained", "") and recipe.pixel_statistics(recipe.find_pretrained(config.pretrained))
     loaders = sys.modules[recipe.Loader.__module__]
     return own or (loaders.MEAN, loaders.STD)
@@ -214,21 +216,21 @@ def pixel_statistics(recipe: ModuleType, config) -> tuple[list[float], list[floa
 def write_for_transformers(folder: Path, kind: type, config, classes: list[str], weights: dict[str, Tensor]) -> None:
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
-    with torch.device("meta"):  # the weights take its place
+    with torch.device("meta"):  # without memory: the weights replace its own
         network = kind(config)
     fill(network, weights)
     network.save_pretrained(folder)
 
 
 def read(folder: Path, recipe: ModuleType, images, config) -> torch.nn.Module:
-    """The recipe's network with what was written, as a reader of the folder would build it."""
+    """Return the recipe's network with what was written, as a reader of the folder would build it."""
     model = recipe.build_model(images, config, json.loads((folder / "config.json").read_text())["num_classes"], seed=0)
     fill(model, load_file(folder / "model.safetensors"))
     return model
 
 
 def fill(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises UserError where names or shapes are not the network's."""
+    """Load the weights into the network; raises UserError where names or shapes differ."""
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -238,16 +240,16 @@ def fill(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """safetensors makes files for their owner alone; weights are given to others."""
+    """Let others read the weights: safetensors makes files for their owner alone."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 
-# Proof
+# The check
 
 
 class Logits(torch.nn.Module):
-    """A network of transformers that gives the logits alone, as the recipes' do."""
+    """A network of transformers that returns only the logits, as the recipes' do."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
@@ -258,7 +260,8 @@ class Logits(torch.nn.Module):
 
 
 def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, arguments: argparse.Namespace) -> None:
-    """Evaluate what was written, say the result and write it beside the weights; raises UserError where it differs."""
+    """Evaluate what was written, print the result and write it beside the weights; raises UserError where it
+    differs."""
     out, total = arguments.out, len(loader.dataset)
     images = min(arguments.images or total, total)
     try:
@@ -279,7 +282,8 @@ def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, ar
 
 
 def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader, images: int) -> dict[str, float]:
-    """Top-1 accuracy and loss over so many of the held-out images, evenly spaced, each counted once, in fp32."""
+    """Return top-1 accuracy and loss over so many of the held-out images, evenly spaced, each counted once, in
+    fp32."""
     model.float().eval().to(accelerator.device)
     total, evaluation, taken = len(loader.dataset), recipe.Evaluation(), 0
     chosen = torch.zeros(total + 1, dtype=torch.bool)  # the last is -1, of places without an image
@@ -298,13 +302,13 @@ def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader, im
 def compare(
     result: dict[str, float], expected: float | None, checkpoint: Path, images: int, total: int
 ) -> bool | None:
-    """Whether the accuracy is the run's; None where the run has none. One image may always differ: a tie may be
-    rounded; and a part of the images differs from all by four standard deviations of such a draw."""
+    """Return whether the accuracy is the run's; None where the run has none. One image may always differ, since
+    rounding may break a tie; a part of the images may differ by four standard deviations of such a draw."""
     accuracy = result["accuracy"]
     print(f"evaluated as written: accuracy {accuracy:.2%}, eval loss {result['eval_loss']:.4f}, ", end="")
     print(f"{result['eval_samples']} images" + (f" of {total}" if images < total else ""))
     if expected is None:
-        print(f"{checkpoint.name} is of within an epoch: the run has no accuracy of it to compare")
+        print(f"{checkpoint.name} was saved within an epoch: the run has no accuracy to compare it with")
         return None
     print(f"the run's own at {checkpoint.name}: accuracy {expected:.2%}")
     chance = 4 * math.sqrt(expected * (1 - expected) / images * (total - images) / max(1, total - 1))
@@ -313,15 +317,15 @@ def compare(
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="of a run; its first line of output")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="a run's folder, its first line of output")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--checkpoint", metavar="step-XXXXXXXX", help="instead of the newest whole one")
     parser.add_argument("--data", help="where the run's data lies now, if it was moved")
     parser.add_argument("--no_check", action="store_true", help="write the weights, and evaluate nothing")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate so many, evenly spaced (all)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="to evaluate on (here %(default)s)")
-    parser.add_argument("--pretrained", help="where the network that the run fine-tuned lies now, likewise")
+    parser.add_argument("--pretrained", help="where the network that the run fine-tuned lies now, if it was moved")
     return parser.parse_args(words)
 
 

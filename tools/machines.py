@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of machines, slurm/machines.toml."""
+"""Read the table of machines, slurm/machines.toml."""
 
 import tomllib
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Machine:
 
     @property
     def selectors(self) -> set[str]:
-        """The constraints and partitions that select its nodes."""
+        """Return the constraints and partitions that select its nodes."""
         return {*self.selected_by, *self.select.values()}
 
 

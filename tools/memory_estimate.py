@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that one GPU holds in training: what stays by formula, which benchmarks/memory.py compares with counts, and
-what a forward saves for its backward, by a forward of tensors without memory under autocast, as ddp has it. (What fsdp
-and ZeRO cast by themselves takes a little less.)"""
+"""Estimate the bytes that one GPU holds in training.
 
+Weights, gradients and optimizer state follow a formula, which benchmarks/memory.py compares with counts. What a
+forward saves for its backward is counted in a forward of tensors without memory, under autocast, as ddp has it. (fsdp
+and ZeRO cast by themselves, which takes a little less.)
+"""
+
+import copy
 import itertools
 import math
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import nn
@@ -27,12 +30,12 @@ def held(
     kind: str, shapes: dict, ranks: int, rank: int, tensor=1, stages=1, replicas=1, weight_bytes=4, state_bytes=8,
     accumulates=False, offloads=False,
 ) -> dict[str, float]:  # fmt: skip
-    """Bytes of parameters, gradients and optimizer state on this rank.
+    """Return the bytes of parameters, gradients and optimizer state on this rank.
 
     kind: ddp, fsdp, hsdp or zero1 to zero3, of what is left of the shapes by `tensor` and `stages`. weight_bytes: 2
-    under ZeRO in half precision. state_bytes a parameter: 8 for Adam, 4 for momentum. accumulates: several backward
-    passes a step; until the last, zero1 keeps the gradients of all ranks, as in its paper. offloads: ZeRO's optimizer
-    waits in the host's memory, with the gradients once more, in fp32 (counted under zero3).
+    under ZeRO in half precision. state_bytes: per parameter, 8 for Adam, 4 for momentum. accumulates: several backward
+    passes per step; until the last, zero1 keeps the gradients of all ranks, as in its paper. offloads: ZeRO's
+    optimizer state lies in the host's memory, with a second copy of the gradients in fp32 (counted under zero3).
     """
     if stages > 1:
         stage = rank * stages // ranks
@@ -60,8 +63,9 @@ def held(
 
 
 def zero_gradients(shapes: dict, ranks: int, rank: int) -> int:
-    """Elements of the gradients that a rank of DeepSpeed's stages 1 and 2 holds: the parameters of a group lie one
-    after the other, in equal parts; of a weight on the border of two, both ranks keep the gradient whole."""
+    """Return the elements of the gradients that a rank holds under DeepSpeed's stages 1 and 2. The parameters of a
+    group lie one after the other, in equal parts; of a weight on the border of two, both ranks keep the gradient
+    whole."""
     held = 0
     for decays in (True, False):  # the two groups of shared/optim.py
         sizes = [math.prod(shape) for name, shape in shapes.items() if decays == decayed(name, shape)]
@@ -73,12 +77,13 @@ def zero_gradients(shapes: dict, ranks: int, rank: int) -> int:
 
 
 def decayed(name: str, shape: torch.Size) -> bool:
-    """Whether the recipes' build_optimizer gives a weight of a ViT weight decay."""
+    """Return whether the recipes' build_optimizer gives a weight of a ViT weight decay."""
     return len(shape) > 1 and not name.endswith(("cls_token", "position_embeddings"))
 
 
 def tensor_shard(name: str, shape: torch.Size, size: int) -> tuple[int, ...]:
-    """Columns of the first products, rows of the second ones (torch stores weights transposed); the rest is whole."""
+    """Return a weight's part: columns of the first products, rows of the second ones (torch stores weights
+    transposed); the rest is whole."""
     if name.rpartition(".")[0].endswith(("q_proj", "k_proj", "v_proj", "fc1")):
         return shape[0] // size, *shape[1:]
     if name.endswith(("o_proj.weight", "fc2.weight")):
@@ -87,7 +92,8 @@ def tensor_shard(name: str, shape: torch.Size, size: int) -> tuple[int, ...]:
 
 
 def stage_of(name: str, shapes: dict, stages: int) -> int:
-    """Stage s of p ends before block L (s + 1) / p, rounded down; the first has the embeddings, the last the head."""
+    """Return a weight's stage: stage s of p ends before block L (s + 1) / p, rounded down; the first has the
+    embeddings, the last the head."""
     blocks = 1 + max(int(each.split(".")[2]) for each in shapes if each.startswith("vit.layers."))
     if not name.startswith("vit.layers."):
         return 0 if name.startswith("vit.embeddings.") else stages - 1
@@ -95,7 +101,7 @@ def stage_of(name: str, shapes: dict, stages: int) -> int:
 
 
 class Activations(NamedTuple):
-    """Bytes that a forward saves; of an image, but for `copies`. A network without equal blocks is all `ends`."""
+    """Bytes that a forward saves, per image except `copies`. A network without equal blocks is all `ends`."""
 
     copies: float  # of all weights in half precision, for any number of images
     ends: float
@@ -106,26 +112,27 @@ class Activations(NamedTuple):
 
 
 def activations(network: nn.Module, side: int, half: bool) -> Activations:
-    """Of one block times the depth, and the ends: counted for one block and for two, and for 2 and 4 images of `side`
-    pixels, whose differences they are. half: bf16 or fp16."""
+    """Return the bytes of a block, and of the ends: differences between one block and two, and between 2 and 4
+    images of `side` pixels. half: bf16 or fp16."""
+    network = copy.deepcopy(network)  # of which blocks are dropped
     blocks = max((each for each in network.modules() if isinstance(each, nn.ModuleList)), key=len, default=None)
     if blocks is None:
         (small, _, _), (large, _, _) = (saved(network, images, side, half) for images in (2, 4))
         return Activations(2 * small - large, (large - small) / 2, 0, 0, 0, 0)
-    counts = {}
-    for depth in (1, 2):
-        first = dict(list(blocks._modules.items())[:depth])
-        with mock.patch.object(blocks, "_modules", first):
-            counts[depth] = [saved(network, images, side, half, blocks[0]) for images in (2, 4)]
+    number, counts = len(blocks), {}
+    for depth in (2, 1):
+        del blocks[depth:]
+        counts[depth] = [saved(network, images, side, half, blocks[0]) for images in (2, 4)]
     image = {depth: [(b - a) / 2 for a, b in zip(*pair, strict=True)] for depth, pair in counts.items()}
     fixed = {depth: pair[0][0] - 2 * image[depth][0] for depth, pair in counts.items()}
     (block, split, _), entry = (b - a for a, b in zip(image[1], image[2], strict=True)), image[1][2]
-    copies = fixed[1] + (len(blocks) - 1) * (fixed[2] - fixed[1])
-    return Activations(copies, image[1][0] - block, block, split, entry, len(blocks))
+    copies = fixed[1] + (number - 1) * (fixed[2] - fixed[1])
+    return Activations(copies, image[1][0] - block, block, split, entry, number)
 
 
 def saved(network: nn.Module, images: int, side: int, half: bool, block: nn.Module | None = None) -> list[int]:
-    """Bytes saved for the backward but for the weights; of them, those of heads and MLP; bytes that enter `block`."""
+    """Return the bytes saved for the backward, weights excepted; those of heads and MLP; and the bytes that enter
+    `block`."""
     seen, entering, width = {}, [0], getattr(getattr(network, "config", None), "intermediate_size", None)
     hook = block and block.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0].nbytes))
     state = dict((*network.named_parameters(), *network.named_buffers()))
@@ -137,7 +144,7 @@ def saved(network: nn.Module, images: int, side: int, half: bool, block: nn.Modu
         weights = {each.untyped_storage()._cdata for each in fake.values()}
 
         def note(tensor):
-            storage = tensor.untyped_storage()  # kept, or its address would be taken again
+            storage = tensor.untyped_storage()  # kept, or its address would be used again
             if storage._cdata not in weights:
                 divided = tensor.dim() == 4 or tensor.shape[-1:] == (width,)
                 seen.setdefault(storage._cdata, (storage, storage.nbytes(), divided))
@@ -152,7 +159,7 @@ def saved(network: nn.Module, images: int, side: int, half: bool, block: nn.Modu
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> float:
-    """Of its state, for each parameter: counted after a step of tensors without memory."""
+    """Return the optimizer's bytes of state per parameter, counted after a step of tensors without memory."""
     with FakeTensorMode():
         for group in optimizer.param_groups:
             group["params"] = [torch.empty(each.shape).requires_grad_() for each in group["params"]]
@@ -168,10 +175,11 @@ def peak(
     kind: str, shapes: dict, ranks: int, kept: dict, act: Activations, images: int, *, half: bool, accumulates: bool,
     tensor: int = 1, stages: int = 1, recompute: bool = False, waiting: float = 1.0, reshard: bool = True
 ) -> dict[str, float]:  # fmt: skip
-    """Bytes of what this rank holds (`kept`, by kind) and of what comes and goes, with `total` the greatest sum.
+    """Return the bytes that this rank holds throughout (`kept`, by kind) and for a time, with `total` the greatest
+    sum.
 
-    images: of one forward. waiting: of a pipeline, the share of a batch's chunks whose backward is still to come on
-    the first stage. reshard: FSDP2 drops the weights of a block after its forward.
+    images: per forward. waiting: in a pipeline, the share of a batch's chunks whose backward is still to come on the
+    first stage. reshard: FSDP2 drops the weights of a block after its forward.
     """
     width, blocks = 2 if half else 4, act.blocks / stages
     block = act.block - act.split * (1 - 1 / tensor)

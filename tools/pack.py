@@ -8,8 +8,8 @@
 SOURCE is whatever a recipe's --data takes, or a .zip or .tar of class folders (or a folder in it: x.zip/photographs),
 which is read where it lies, by the rules for a folder: unpacking would cost an inode an image. Encoded images are
 copied byte by byte unless --max_side asks for smaller ones. In tar shards the images lie in random order, as a stream
-wants them; the index keeps the source's order. Killed at any point,
-the same command goes on after the shards that were complete. Checksums are in the index, or beside parquet in b2sums.
+wants them; the index keeps the source's order. If it is killed,
+the same command resumes after the complete shards. Checksums are in the index, or beside parquet in b2sums.
 """
 
 import argparse
@@ -57,9 +57,9 @@ from shared.run.folder import LOCK_SECONDS
 PLAN = "pack.json"
 PROBE = 1000  # images that a dry run packs
 ARCHIVES = (".zip", ".tar")
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # the last: it is encrypted
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: it is encrypted
 SUMS = "b2sums"  # beside parquet files: `b2sum -c b2sums` checks them
-DONE = {"tar": INDEX, "folder": INDEX, "parquet": SUMS}  # what a part's folder has once all else is there
+DONE = {"tar": INDEX, "folder": INDEX, "parquet": SUMS}  # the file that a part's folder gets last
 BOUNDS = {"shard_size": (1, math.inf), "quality": (1, 100), "max_side": (0, math.inf)}
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 _job: list = []
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def with_classes(source: Source, name: str) -> Source:
-    """Without the images that name no class, each of which a training would call undecodable."""
+    """Return the source without images that have no class, which a training would count as undecodable."""
     known = np.flatnonzero(source.labels >= 0)
     if len(known) == len(source):
         return source
@@ -101,7 +101,8 @@ def open_source(name: str, val_fraction: float, *columns: str) -> tuple[Source, 
 
 
 def from_archive(path: Path, inner: Path, val_fraction: float) -> tuple[Source, Source]:
-    """Images in class folders within one .tar or .zip, or in the folder `inner` there, by the rules for folders."""
+    """Open images in class folders within one .tar or .zip, or in the folder `inner` there, by the rules for
+    folders."""
     try:
         found = tar_members(path) if path.suffix.lower() == ".tar" else zip_members(path)
     except DAMAGED as error:
@@ -112,7 +113,7 @@ def from_archive(path: Path, inner: Path, val_fraction: float) -> tuple[Source, 
     tree = tree_of_names(name.removeprefix(prefix) for name in names if name.startswith(prefix))
     layout = read_layout(tree, str(path / inner))
     if layout.kind != "images":
-        raise UserError(f"{path / inner} holds {layout.kind}, which are read from a folder alone. Unpack it.")
+        raise UserError(f"{path / inner} holds {layout.kind}, which are only read from a folder. Unpack it.")
     for line in layout.notes:
         print(line, file=sys.stderr)
     index, parts = index_of_images(layout.parts, path / inner), {}
@@ -124,10 +125,10 @@ def from_archive(path: Path, inner: Path, val_fraction: float) -> tuple[Source, 
 
 
 def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
-    """Name, offset and length of each file."""
+    """Return name, offset and length of each file."""
     members, is_whole = members_of_tar(path)
     if not is_whole:
-        raise tarfile.ReadError("it was cut off or damaged, or is no tar")
+        raise tarfile.ReadError("it is truncated or damaged, or not a tar")
     return [(member.name, (member.offset_data, member.size)) for member in members]
 
 
@@ -137,7 +138,7 @@ def zip_members(path: Path) -> list[tuple[str, str]]:
 
 
 class Archive:
-    """Images of one .tar or .zip, read where they lie; each process opens it anew."""
+    """Images of one .tar or .zip, read where they lie; each process opens it again."""
 
     def __init__(self, path: Path, names: np.ndarray, places: list):
         self.path, self.names, self.places, self.file = path, names, places, None
@@ -167,7 +168,8 @@ class Archive:
 
 
 def estimate(source: Source, arguments: argparse.Namespace) -> str:
-    """What packing would make, from some images that are packed on the destination's disk and removed again."""
+    """Estimate what packing would make, from some images that are packed on the destination's disk and removed
+    again."""
     probe = source.subset(np.sort(np.argsort(random_bits(len(source), 1))[:PROBE]))
     images, reading = timed(lambda: [encoded(probe, arguments, number) for number in range(len(probe))])
     size, writing = try_out(probe, images, arguments)
@@ -184,11 +186,11 @@ def estimate(source: Source, arguments: argparse.Namespace) -> str:
 
 
 def try_out(source: Source, images: list[tuple[bytes, str]], arguments: argparse.Namespace) -> tuple[int, float]:
-    """Bytes, and seconds that one process takes to write them."""
+    """Return the bytes of some packed images, and the seconds that one process takes to write them."""
     destination = arguments.destination.absolute()
     there = next(path for path in (destination, *destination.parents) if path.is_dir())
     with TemporaryDirectory(dir=there, prefix=".pack-probe-") as folder:
-        pack_here(source.subset(np.arange(1)), Path(folder, "one"), images, arguments)  # imports what that needs
+        pack_here(source.subset(np.arange(1)), Path(folder, "one"), images, arguments)  # imports what packing needs
         _, seconds = timed(lambda: pack_here(source, Path(folder, "all"), images, arguments))
         files = [path for path in Path(folder, "all").rglob("*") if path.is_file() and not path.name.startswith(".")]
         return sum(path.stat().st_size for path in files), seconds
@@ -200,7 +202,7 @@ def timed(function):
 
 
 def pack_here(source: Source, folder: Path, images: list[tuple[bytes, str]], arguments: argparse.Namespace) -> None:
-    """Of images that were read, in this process."""
+    """Pack images that were read already, in this process."""
     folder.mkdir()
     for number in range(count_shards(source, arguments)):
         write_shard(source, folder, arguments, images.__getitem__, number)
@@ -208,7 +210,7 @@ def pack_here(source: Source, folder: Path, images: list[tuple[bytes, str]], arg
 
 
 def claim(destination: Path) -> FileLock:
-    """The lock of a destination, for one start at a time; refuses one that holds something else."""
+    """Lock a destination, for one start at a time; raises UserError where it holds something else."""
     if destination.exists() and not (destination / PLAN).exists():
         others = [path for path in destination.iterdir() if path.name != "lock" and not path.match(f".{PLAN}.*")]
         if others:
@@ -222,7 +224,7 @@ def claim(destination: Path) -> FileLock:
 
 
 def follow_plan(arguments: argparse.Namespace, parts: dict[str, Source]) -> None:
-    """Refuse a destination that was begun in another way."""
+    """Record the settings in a new destination; raises UserError where they differ from those of an earlier start."""
     names = ("source", "format", "shard_size", "max_side", "quality", "val_fraction", "image_column", "label_column")
     plan = {name: getattr(arguments, name) for name in names} | {name: len(part) for name, part in parts.items()}
     plan |= {"fingerprint": " ".join(part.fingerprint() for part in parts.values())}
@@ -239,11 +241,11 @@ def follow_plan(arguments: argparse.Namespace, parts: dict[str, Source]) -> None
             file.write(json.dumps(plan, indent=1).encode())
 
 
-# What a shard takes
+# Shards
 
 
 def pack(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
-    """Every shard that is not there yet, then the index."""
+    """Write every shard that is missing, then the index."""
     folder.mkdir(exist_ok=True)
     if not (folder / DONE[arguments.format]).exists():
         write_shards(source, folder, arguments)
@@ -265,8 +267,8 @@ def write_shards(source: Source, folder: Path, arguments: argparse.Namespace) ->
 
 
 def take_job(parent: int, *job) -> None:
-    """In each process of the pool: what its shards have in common. A fork finds it there; sent with each shard it
-    could be gigabytes, the whole of a parquet table. The process ends with its parent, whose lock a fork has too."""
+    """Give a process of the pool what its shards have in common. A fork finds it in memory; sent with each shard it
+    could be gigabytes, such as a whole parquet table. The process ends with its parent, whose lock a fork has too."""
     die_with_parent(signal.SIGKILL, parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     _job[:] = job
@@ -281,7 +283,7 @@ def count_shards(source: Source, arguments: argparse.Namespace) -> int:
 
 
 def members_of(source: Source, number: int, arguments: argparse.Namespace) -> np.ndarray:
-    """The samples of one shard. In a tar they are a slice of a random order, the same in every start."""
+    """Return the samples of one shard. In a tar they are a slice of a random order, the same in every start."""
     everything = np.arange(len(source))
     if arguments.format == "tar":
         everything = np.argsort(random_bits(len(source), 0), kind="stable")
@@ -289,7 +291,7 @@ def members_of(source: Source, number: int, arguments: argparse.Namespace) -> np
 
 
 def write_shard(source: Source, folder: Path, arguments: argparse.Namespace, read, number: int) -> int:
-    """One shard, complete or absent; then what the index will say of it, which marks it as done."""
+    """Write one shard, complete or absent; then its rows of the index, which mark it as done."""
     samples = members_of(source, number, arguments)
     rows = WRITERS[arguments.format](source, samples, folder, number, read)
     with complete_file(rows_of(folder, number)) as file:
@@ -298,7 +300,7 @@ def write_shard(source: Source, folder: Path, arguments: argparse.Namespace, rea
 
 
 def encoded(source: Source, arguments: argparse.Namespace, number: int) -> tuple[bytes, str]:
-    """The bytes of one image, and the ending of its name."""
+    """Return the bytes of one image, and the ending of its name."""
     try:
         image = source.images[number]
         if isinstance(image, np.ndarray):  # pixels: PNG loses nothing
@@ -309,10 +311,10 @@ def encoded(source: Source, arguments: argparse.Namespace, number: int) -> tuple
                 file = upright(file)
                 file.thumbnail((arguments.max_side, arguments.max_side), Image.Resampling.BICUBIC)
                 return saved(file, "JPEG", quality=arguments.quality), "jpg"
-        # MPO: a telephone's JPEG with a second picture behind it.
+        # MPO: a phone's JPEG with a second picture behind it.
         return image, {"JPEG": "jpg", "MPO": "jpg"}.get(kind, kind.lower())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {source.images.name(number)}: {error}. Mend or remove it.") from error
+        raise UserError(f"cannot read {source.images.name(number)}: {error}. Fix or remove it.") from error
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -338,7 +340,7 @@ def write_tar(source: Source, samples: np.ndarray, folder: Path, shard: int, rea
 
 
 def write_parquet(source: Source, samples: np.ndarray, folder: Path, shard: int, read) -> dict:
-    """Hugging Face's Image and ClassLabel features, so that `datasets.load_dataset` shows pictures."""
+    """Write a shard with Hugging Face's Image and ClassLabel features: `datasets.load_dataset` shows its pictures."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -372,12 +374,12 @@ def write_folder(source: Source, samples: np.ndarray, folder: Path, shard: int, 
 
 
 def rows_of(folder: Path, shard: int) -> Path:
-    """What the index will say of a shard, from its completion to the end of all."""
+    """Return the file with a complete shard's rows of the index, which stays until all shards are done."""
     return folder / f".{shard:06d}.npz"
 
 
 def finish(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
-    """One index in the source's order, of what each shard left; beside parquet, which needs none, checksums."""
+    """Write one index in the source's order, from each shard's rows; beside parquet, which needs none, checksums."""
     kind, count = arguments.format, count_shards(source, arguments)
     parts = [dict(np.load(rows_of(folder, shard))) for shard in range(count)]
     if kind == "parquet":
@@ -413,7 +415,7 @@ def padded(length: int) -> int:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only when all of it is on the disk; where it does not come to that, nothing stays."""
+    """Open a file that gets its name only when all of it is on the disk; where it fails, nothing stays."""
     with complete(path) as partial, open(partial, "wb") as file:
         yield file
         file.flush()
@@ -429,7 +431,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", help="the word digits, a folder, a CSV, shards, or a .zip or .tar of class folders")
-    add("destination", type=Path, help="folder to make; of a former start: to go on in")
+    add("destination", type=Path, help="folder to make, or that of an earlier start to resume")
     add("--format", choices=WRITERS, required=True, help="tar: webdataset's shards with an index")
     add("--shard_size", type=int, default=2000, help="images of one shard (%(default)s; ImageNet: 220 MB)")
     add(
@@ -438,10 +440,10 @@ def parse() -> argparse.Namespace:
         default=0,
         help="shrink images whose longer side is greater (0: none)",
     )
-    add("--quality", type=int, default=90, help="of JPEGs that were shrunk (%(default)s)")
-    add("--val_fraction", type=float, default=0.0, help="share held out, per class, where SOURCE says nothing of it")
-    add("--image_column", default="", help="of a table or a CSV, where several hold images")
-    add("--label_column", default="", help="of a table or a CSV, where several hold classes")
+    add("--quality", type=int, default=90, help="quality of JPEGs that were shrunk (%(default)s)")
+    add("--val_fraction", type=float, default=0.0, help="share held out, per class, where SOURCE has no split")
+    add("--image_column", default="", help="column of a table or CSV, where several hold images")
+    add("--label_column", default="", help="column of a table or CSV, where several hold classes")
     add("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     add("--dry_run", action="store_true", help="pack some images, remove them again, say what packing would make")
     return parser.parse_args(expand_home(sys.argv[1:]))
@@ -454,7 +456,7 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenProcessPool:
-        sys.exit("error: a process was killed, perhaps for want of memory. Give fewer --num_workers; it goes on.")
+        sys.exit("error: a process was killed, perhaps for want of memory. Give fewer --num_workers: it resumes.")
     except OSError as error:
-        remedy = "Make room; the same command goes on after what is complete." if error.errno in FULL else ""
+        remedy = "Make room; the same command resumes after the complete shards." if error.errno in FULL else ""
         sys.exit(f"error: {error}. {remedy}")

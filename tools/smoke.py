@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real steps of every recipe, or of the one named, under the launcher on this machine's GPU or else its CPU.
+"""Run two steps of every recipe, or of the one named, under the launcher on this machine's GPU or else its CPU.
 
     python tools/smoke.py [RECIPE]
 
@@ -41,7 +41,7 @@ def main(names: list[str]) -> int:
 
 
 def smoke(name: str) -> bool:
-    """Run one recipe in a folder of its own; whether it did what it should."""
+    """Run one recipe in a folder of its own; return whether it passed."""
     begin = time.perf_counter()
     try:
         problem, memory = run(importlib.import_module(name))
@@ -55,7 +55,8 @@ def smoke(name: str) -> bool:
 
 
 def run(recipe: ModuleType) -> tuple[str, int]:
-    """What is wrong, with the end of its output, and the peak memory in bytes."""
+    """Run a recipe; return what is wrong (empty: nothing), with the end of its output, and the peak memory in
+    bytes."""
     with tempfile.TemporaryDirectory() as folder:
         words = command(recipe, folder)
         process = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, preexec_fn=die_with_parent)
@@ -64,7 +65,7 @@ def run(recipe: ModuleType) -> tuple[str, int]:
 
 
 def command(recipe: ModuleType, folder: str) -> list[str]:
-    """The recipe under the first strategy that it has, on two processes where they split something."""
+    """Return the launch of a recipe under its first strategy, on two processes where they split something."""
     sizes = [name for name in SIZES if trains(recipe) and name in {field.name for field in fields(recipe.Config)}]
     strategy = CODES[sizes[0]] if sizes else getattr(recipe, "STRATEGIES", ("ddp",))[0]
     processes = 1 if strategy == "ddp" or torch.cuda.device_count() == 1 else 2
@@ -82,7 +83,7 @@ def trains(recipe: ModuleType) -> bool:
 
 
 def examine(process: subprocess.CompletedProcess, run: Path, is_training: bool) -> tuple[str, int]:
-    """What is wrong (empty: nothing) and the peak memory in bytes (0 where the recipe does not train)."""
+    """Return what is wrong (empty: nothing) and the peak memory in bytes (0 where the recipe does not train)."""
     if process.returncode or not is_training:
         return f"exit status {process.returncode}" if process.returncode else "", 0
     summary = json.loads((run / "summary.json").read_text())

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are complete or absent, and are checked before anything of them is used.
+"""Write, verify and load checkpoints: each is complete or absent, and is verified before any of it is used.
 
-A checkpoint holds what the future depends on: weights, buffers and optimizer state under the plain model's names, in
-safetensors files that any number of processes reads (torch.distributed.checkpoint); in state.json the schedule, the
-gradient scaler and what a recipe gives of its loader. The sample order and the augmentation are functions of the step,
-so no random state is in it. manifest.json, written last, names every file with its size and SHA-256; then the folder
-gets its name.
+A checkpoint holds all that the rest of the run depends on: weights, buffers and optimizer state under the plain
+model's names, in safetensors files that any number of processes can read (torch.distributed.checkpoint); in state.json
+the learning-rate schedule, the gradient scaler and the state of a recipe's loader, if it has one. The sample order and
+the augmentation are functions of the step, so no random state is saved. manifest.json is written last and lists every
+file with its size and SHA-256; then the folder gets its name.
 """
 
 from .load import load_checkpoint, read_state, read_weights

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save and load the state that DeepSpeed owns.
 
-Its files are pickles; their checksums are verified before they are opened, which tells damage, not malice: resume ZeRO
-only from folders of your own.
+Its files are pickles. Their checksums are verified before they are opened, which finds damage but not malice: resume
+ZeRO only from your own folders.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ ZERO = "zero"  # DeepSpeed's folder within a checkpoint
 
 
 def write_zero(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Write DeepSpeed's shards for its own resume; rank 0 gets the whole weights in fp32 under their plain names."""
+    """Write DeepSpeed's own shards; return, on rank 0, the whole weights in fp32 under their plain names."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     failures = _save_zero(folder, model)
@@ -34,8 +34,8 @@ def write_zero(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict
 
 
 def _save_zero(folder: Path, model: nn.Module) -> list[Exception]:
-    """What went wrong with this process's files. An exception within save_checkpoint would leave the others in its
-    barriers: it is to be raised when all are through."""
+    """Write this process's files and return the errors. One raised within save_checkpoint would leave the other
+    processes in its barriers, so the caller raises it when all are done."""
     engine, failures = model.checkpoint_engine, []
     write = engine.save
 
@@ -54,13 +54,13 @@ def _save_zero(folder: Path, model: nn.Module) -> list[Exception]:
 
 
 def refuse_other_zero(path: Path, processes: int) -> None:
-    """DeepSpeed's state is of one stage and one number of processes; raises UserError for any other."""
+    """Raise UserError where DeepSpeed's state was written under another stage or number of processes."""
     manifest = read_manifest(path)
     wrote, here = (manifest.get("strategy"), manifest.get("world_size")), (strategy(), processes)
     if wrote != here and "zero" in f"{wrote}{here}":
         raise UserError(
-            f"{path} was written by {wrote[0]} on {wrote[1]} processes; here is {here[0]} on {here[1]}. Resume as it "
-            f"was written, or start from its weights: `python tools/export.py {path.parent.parent} weights`, then "
+            f"{path} was written by {wrote[0]} on {wrote[1]} processes; this run is {here[0]} on {here[1]}. Resume as "
+            f"it was written, or start from its weights: `python tools/export.py {path.parent.parent} weights`, then "
             "--pretrained weights and another --output_dir."
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a checkpoint back, into a training or as weights."""
+"""Load a checkpoint into a training, or only its weights."""
 
 import json
 from pathlib import Path
@@ -23,10 +23,9 @@ from .tensors import FLAT, TensorReader, plain_names, unwrapped
 def load_checkpoint(
     path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
 ) -> dict:
-    """Put everything back and return state.json's content; every process must call it.
+    """Load model, optimizer and scheduler, and return the content of state.json; every process must call it.
 
-    Raises UserError where the checkpoint lacks something that the training has, or has what the training lacks, and
-    where its files are no tensors or no JSON.
+    Raises UserError where the checkpoint's names are not those of the training, and where its files cannot be read.
     """
     try:
         return _load(path, accelerator, model, optimizer, scheduler)
@@ -48,7 +47,7 @@ def _load(
     else:
         _load_tensors(path, accelerator, model, unwrapped(optimizer))
     state = read_state(path)
-    if accelerator.scaler and state["scaler"]:  # none: written in another precision, which --resume_override names
+    if accelerator.scaler and state["scaler"]:  # None: written in another precision, which --resume_override allows
         accelerator.scaler.load_state_dict(state["scaler"])
     rates = scheduler.base_lrs
     scheduler.load_state_dict(state["scheduler"])
@@ -62,24 +61,24 @@ def _load_tensors(path: Path, accelerator: Accelerator, model: nn.Module, optimi
     reader = TensorReader(path)
     there = set(reader.read_metadata().state_dict_metadata)
     if not any(name.startswith("optimizer.") for name in there):
-        moments = {}  # every step so far was skipped
+        moments = {}  # no optimizer state: every step so far was skipped
     tensors = plain_names(weights, moments)
     _check_names(path, there, set(tensors), accelerator)
-    # Into the tensors themselves; set_state_dict then gives the optimizer those that were created by get_state_dict.
+    # dcp.load fills the tensors in place; set_state_dict then gives the optimizer those that get_state_dict made.
     dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
     if moments:
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
     else:
-        optimizer.state.clear()  # get_state_dict has made one
+        optimizer.state.clear()  # get_state_dict has made a state
 
 
 def read_state(path: Path) -> dict:
-    """state.json of a checkpoint: step, scheduler, scaler, and what the recipe gave as `loader`."""
+    """Return the content of a checkpoint's state.json: step, scheduler, scaler and the recipe's `loader`."""
     return json.loads((path / STATE).read_text())
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Plain name -> whole weight or buffer, on the CPU, whoever wrote its parts; DeepSpeed's are in fp32."""
+    """Return plain name -> whole weight or buffer, on the CPU, whatever strategy wrote it; DeepSpeed's are in fp32."""
     reader, part = TensorReader(path), "model."
     entries = reader.read_metadata().state_dict_metadata
     state = {
@@ -97,7 +96,8 @@ def _check_names(path: Path, there: set[str], mine: set[str], accelerator: Accel
         everyone = [None] * accelerator.num_processes
         torch.distributed.all_gather_object(everyone, mine)
     wanted = set().union(*everyone)
-    for these, those, verb in ((wanted, there, "lacks"), (there, wanted, "has, but this training has not,")):
+    missing, unknown = "is missing {}", "has {}, which this training does not have"
+    for these, those, problem in ((wanted, there, missing), (there, wanted, unknown)):
         if these - those:
             names = ", ".join(sorted(these - those)[:3])
-            raise UserError(f"{path} {verb} {names}. Resume with the model and optimizer that wrote it.")
+            raise UserError(f"{path} {problem.format(names)}. Resume with the model and optimizer that wrote it.")

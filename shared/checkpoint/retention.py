@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at the checkpoints that are there: which are whole, which one to resume, which to keep."""
+"""Find a run's checkpoints: which are whole, which one to resume, which to keep."""
 
 import contextlib
 import hashlib
@@ -13,11 +13,11 @@ from pathlib import Path
 from ..errors import UserError
 
 MANIFEST, STATE = "manifest.json", "state.json"
-ASIDE = "aside-"  # instead of step-: see put_aside
+ASIDE = "aside-"  # the prefix of quarantined checkpoints: see put_aside
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """In two steps, so that no kill leaves a part of it under its name."""
+    """Remove a checkpoint: rename it first, so that no kill leaves a part of it under its name."""
     beside = folder.with_name(folder.name.replace("step-", "tmp-"))
     shutil.rmtree(beside, ignore_errors=True)
     with contextlib.suppress(OSError):  # what cannot be removed does no harm
@@ -35,7 +35,8 @@ def read_manifest(folder: Path) -> dict:
 
 
 def damage(folder: Path, contents: bool = True) -> str | None:
-    """Why a checkpoint cannot be used; None where it is whole. contents: compare checksums too, not only sizes."""
+    """Return why a checkpoint cannot be used; None where it is whole. contents: compare checksums too, not only
+    sizes."""
     try:
         files = read_manifest(folder)["files"]
         there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -61,12 +62,12 @@ def _file_damage(path: Path, expected: dict, contents: bool) -> str | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; a folder that bears this name was written to its end."""
+    """Return a folder's checkpoints, oldest first; only a complete one has a name step-*."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def score(manifest: dict) -> float:
-    """Return a checkpoint's value of its run's metric, so that more is better; -inf where it was not evaluated."""
+    """Return a checkpoint's metric, signed so that more is better; -inf where it was not evaluated."""
     value = manifest.get(manifest.get("metric", "accuracy"))
     if value is None:
         return -math.inf
@@ -74,21 +75,22 @@ def score(manifest: dict) -> float:
 
 
 def superfluous(folder: Path, keep: int) -> list[Path]:
-    """Whole checkpoints but the newest `keep` and the best by the run's metric, the newest of equals. What is damaged
-    neither counts nor goes."""
+    """Return the whole checkpoints to remove: all but the newest `keep` and the best by the run's metric, the
+    newest of equals. Damaged ones do not count and are not removed."""
     whole = [path for path in checkpoints(folder) if damage(path, contents=False) is None]
     best = max(whole, key=lambda path: (score(read_manifest(path)), path), default=None)
     return [path for path in whole[:-keep] if path != best]
 
 
 def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> tuple[Path | None, list[str]]:
-    """What `--resume_from_checkpoint` means here, None for a fresh start; and a line for each damaged one passed over.
+    """Return the checkpoint that `--resume_from_checkpoint` means, None for a fresh start, and a line per damaged one
+    skipped.
 
-    A path begins the folder's run, or takes it back to one of its own checkpoints. It does so once: what was written
-    since is newer, and a job that is started again with the same command resumes from there.
+    A path begins the folder's run from that checkpoint, or takes the run back to one of its own. It does so once: a
+    job that is started again with the same command resumes from what was written since.
 
-    Raises UserError for a path that is no whole checkpoint, for `never` where the folder holds one, and where all are
-    damaged.
+    Raises UserError for a path that is not a whole checkpoint, for `never` where the folder holds one, and where all
+    are damaged.
     """
     there = checkpoints(folder)
     if resume_from_checkpoint == "never" and there:
@@ -99,7 +101,7 @@ def checkpoint_to_resume(folder: Path, resume_from_checkpoint: str) -> tuple[Pat
         if newest is None or not _follows(newest, path):
             return _named_checkpoint(path, resume_from_checkpoint), []
     elif newest is None and passed:
-        raise UserError(f"{passed[0]}, and no other is whole. Remove {folder.parent} to start afresh.")
+        raise UserError(f"{passed[0]}, and no other is whole. Remove {folder.parent} to start again.")
     return newest, passed
 
 
@@ -134,8 +136,8 @@ def _named_checkpoint(path: Path, given: str) -> Path:
 
 
 def put_aside(folder: Path, checkpoint: Path) -> None:
-    """Rename what lies past the checkpoint that is gone on from, damaged or not: it is no part of the run any more,
-    would block the saves of these steps, and is the user's to look at and to remove."""
+    """Quarantine the checkpoints past the one that is resumed, damaged or not, by renaming them: they are no longer
+    part of the run, and would block the saves of their steps. The user may inspect and remove them."""
     for path in checkpoints(folder):
         if path.name > checkpoint.name:
             beside = path.with_name(path.name.replace("step-", ASIDE))

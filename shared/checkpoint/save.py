@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a run's checkpoints: complete or absent, in the background where that is asked for."""
+"""Write a run's checkpoints: complete or absent, in the background if asked."""
 
 import contextlib
 import os
@@ -28,20 +28,19 @@ from .tensors import TensorWriter, local, own_share, state_tensors, unwrapped
 
 
 class SaveError(RuntimeError):
-    """No checkpoint was written: raised by every process, also where only one had the reason."""
+    """The error of a checkpoint that was not written: raised by every process, even if only one of them failed."""
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, in the background where that is asked for. Every process makes one and calls every
-    method."""
+    """A writer of a run's checkpoints, in the background if asked. Every process makes one and calls every method."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, identity: dict, keep: int, background: bool):
-        """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by the metric stays besides."""
+        """folder: the run's `checkpoints`. keep: how many of the newest stay; the best by the metric stays too."""
         self.folder, self.accelerator, self.identity, self.keep = folder, accelerator, identity, keep
         self.background, self.buffers = background, {}
         self.thread: threading.Thread | None = None
         self.error: SaveError | None = None
-        self.begin, self.seconds = 0.0, 0.0  # of the save at work; that the longest took until it was durable
+        self.begin, self.seconds = 0.0, 0.0  # when the last save began; what the longest took until durable
         self.alone = accelerator.num_processes == 1
         # A group of its own: the thread's messages must not come between the training's.
         self.group = None if self.alone else torch.distributed.new_group(backend="gloo")
@@ -49,10 +48,10 @@ class Checkpoints:
     def save(
         self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict, manifest: dict
     ) -> None:
-        """Write step-XXXXXXXX of state["step"], then remove what need not be kept.
+        """Write step-XXXXXXXX for state["step"], then remove superfluous checkpoints.
 
-        state is for the resume, manifest for people and tools; both in what JSON can hold. Raises SaveError on every
-        process; every checkpoint that was complete then still is. One at a time: call `wait` before.
+        state is for the resume, manifest for people and tools; both must be JSON values. Raises SaveError on every
+        process; the complete checkpoints stay. One save at a time: call `wait` before.
         """
         assert self.thread is None
         self.begin = time.monotonic()
@@ -72,14 +71,15 @@ class Checkpoints:
             self._write(temporary, final, tensors, None, state, manifest)
 
     def wait(self) -> SaveError | None:
-        """Until the save in the background is durable; what went wrong with it, once, the same on every process."""
+        """Wait until the background save is durable; return its error, if any, once and alike on every process."""
         if self.thread:
             self.thread.join()
         error, self.thread, self.error = self.error, None, None
         return error
 
     def failure(self) -> SaveError | None:
-        """As `wait`, if it has ended. Processes may see that at different steps: it is for a message only."""
+        """Return what `wait` would, if the save has ended. Processes may see it at different steps: for messages
+        only."""
         return None if self.thread and self.thread.is_alive() else self.wait()
 
     def _write_behind(self, *arguments) -> None:
@@ -87,11 +87,11 @@ class Checkpoints:
             self._write(*arguments)
         except SaveError as error:
             self.error = error
-        except Exception as error:  # of a connection to a process that is gone: the training will find it as well
+        except Exception as error:  # such as a lost connection to a dead process: the training will fail on it too
             self.error = SaveError(str(error))
 
     def _taken(self, temporary: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-        """What this process writes; for the background, its values are copied."""
+        """Return the tensors that this process writes; for a background save, copy their values."""
         if strategy().startswith("zero"):
             return write_zero(temporary, self.accelerator, model)
         whole = model.module if isinstance(model, DistributedDataParallel) else model
@@ -101,7 +101,7 @@ class Checkpoints:
         return tensors
 
     def _stage(self, tensors: dict) -> None:
-        """Copy this process's parts into memory of the host that is used again by the next save."""
+        """Copy this process's parts to host memory, which the next save uses again."""
         cuda = self.accelerator.device.type == "cuda"
         for name, tensor in tensors.items():
             part = local(tensor)
@@ -125,7 +125,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _removed_on_failure(self, temporary: Path) -> Iterator[None]:
-        """So that a part of a checkpoint does not fill a disk that has no room for the whole."""
+        """Remove an unfinished checkpoint where the block fails: it would only fill the disk."""
         try:
             yield
         except SaveError:
@@ -141,7 +141,8 @@ class Checkpoints:
             raise SaveError(f"{problem} (process {rank})") from error
 
     def agreed(self, function: Callable, on_main: bool = False) -> list:
-        """What each process's call gave. Where one of them fails, all raise SaveError, so that none leaves alone."""
+        """Call the function and return every process's result. Where one fails, all raise SaveError: none leaves
+        alone."""
         outcome = None, None
         if self.accelerator.is_main_process or not on_main:
             try:
@@ -159,19 +160,19 @@ class Checkpoints:
 
 
 class Saves:
-    """A run's saves: what goes wrong with one within the run is said, and the next one is tried. Every process makes
+    """A run's saves: a failed one within the run is only a warning, and the next one is tried. Every process makes
     one and calls every method."""
 
     def __init__(self, checkpoints: Checkpoints, say: Callable, before: Callable, origin: dict):
-        """say: prints a line. before: rank 0 calls it first; raises OSError. origin: what each manifest says of where
-        it came from."""
+        """say: prints a line. before: rank 0 calls it before each save; raises OSError. origin: for each manifest,
+        see origin.py."""
         self.checkpoints, self.say, self.before, self.origin = checkpoints, say, before, origin
         self.saved_step = 0
 
     def save(
         self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict, metric: dict, at_end: bool
     ) -> None:
-        """Write a checkpoint of state["step"]. metric: what its manifest says of the evaluation.
+        """Write a checkpoint of state["step"]. metric: the evaluation's part of its manifest.
 
         Raises UserError where it cannot be written and the run is at its end.
         """
@@ -190,16 +191,16 @@ class Saves:
             self._report(error)
 
     def report(self) -> None:
-        """Say what went wrong with a save in the background, once it has ended."""
+        """Warn of a background save that has failed, once it has ended."""
         self._report(self.checkpoints.failure())
 
     def _report(self, error: SaveError | None) -> None:
         if error:
-            self.say(f"warning: no checkpoint: {error}; {self._newest()}; training goes on, the next comes as planned")
+            self.say(f"warning: no checkpoint: {error}; {self._newest()}; training continues, next save as planned")
 
     @property
     def reserve(self) -> float:
-        """Seconds that a last save may take: it waits for the one in the background that is at work then."""
+        """Return the seconds that a last save may take: it waits for a background save that is still at work."""
         return self.checkpoints.seconds * (1 + self.checkpoints.background)
 
     def _newest(self) -> str:
@@ -221,7 +222,7 @@ def _publish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
     write_json(temporary / MANIFEST, manifest)
     for folder in {(temporary / name).parent for name in manifest["files"]}:
         to_disk(folder)
-    os.rename(temporary, final)  # none is there: `put_aside` has moved those past the one that was resumed
+    os.rename(temporary, final)  # the name is free: `put_aside` has renamed those past the resumed one
     to_disk(final.parent)
     for old in superfluous(final.parent, keep):
         remove_checkpoint(old)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The storage of torch.distributed.checkpoint as safetensors and JSON: reading one can run no code.
+"""Store torch.distributed.checkpoint's tensors as safetensors and JSON, so that reading a checkpoint can run no code.
 
-torch's own writes its index, and whatever is no tensor, as pickles; its safetensors storage takes other arguments in
-each release from 2.8 on. Each process writes one file with the pieces that the planner gave it; index.json says which
-piece of which tensor lies where, so that any number of processes can read them, split in any other way.
+torch's own storage writes its index, and whatever is not a tensor, as pickles; its safetensors storage takes other
+arguments in each release from 2.8 on. Each process writes one file with the pieces that the planner gave it;
+index.json says where each piece of each tensor lies, so that any number of processes can read them, under any other
+split.
 """
 
 import json
@@ -30,22 +31,22 @@ from torch.optim import Optimizer
 
 from ..files import to_disk, write_json
 
-# One entry a parameter, not one a group: then each process of a pipeline can bring its own parameters.
+# One entry per parameter, not per group: each process of a pipeline has parameters of its own.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of it that this process holds."""
+    """Return the part of a tensor that this process holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights and buffers, and the optimizer's tensors, by plain names, each as this process holds it.
+    """Return weights, buffers and the optimizer's tensors by plain name, each as this process holds it.
 
-    What else an optimizer keeps comes from the configuration. torch's get_state_dict gives the same, and takes longer
-    than to copy the values.
+    An optimizer's other values come from the configuration. torch's get_state_dict gives the same, but takes longer
+    than copying the values.
     """
-    # First: it makes shards again of what an evaluation leaves whole under FSDP; the optimizer's are the shards.
+    # First: under FSDP it shards again what an evaluation left gathered; the optimizer's parameters are the shards.
     weights = model.state_dict()
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
@@ -63,9 +64,9 @@ def plain_names(weights: dict, moments: dict) -> dict[str, Tensor]:
 
 
 def own_share(tensors: dict[str, Tensor], model: nn.Module, rank: int, size: int) -> dict[str, Tensor]:
-    """What this one of the data-parallel processes writes: its shards, and a part of what each of them holds whole.
+    """Return the tensors that this data-parallel process writes: its shards, and its share of what all of them hold.
 
-    Buffers are rank 0's: batch norm's statistics differ until DDP's next forward sends that one's to all.
+    Rank 0 writes the buffers: batch norm's statistics differ until DDP's next forward broadcasts rank 0's.
     """
     buffers = set(plain_names(dict(model.named_buffers()), {}))
     loads, mine = [0] * size, {}
@@ -86,10 +87,10 @@ INDEX = "index.json"
 
 
 class TensorWriter(StorageWriter):
-    """Writes into a folder that exists; every file is on the disk, not only in its cache, when `save` returns."""
+    """A writer into an existing folder; every file is on the disk, not only in its cache, when `save` returns."""
 
     def __init__(self, folder: Path, rank: int, staged: dict[str, torch.Tensor] | None = None):
-        """staged: copies of this process's parts, to be written in the place of what the tensors hold by then."""
+        """staged: copies of this process's parts, to write instead of the tensors, which training may have changed."""
         self.folder, self.name, self.staged = folder, f"tensors-{rank:05d}.safetensors", staged
 
     def reset(self, checkpoint_id=None) -> None:
@@ -105,11 +106,12 @@ class TensorWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Raises OSError where the disk is full, and ValueError for what is no tensor."""
+        """Write this process's pieces; raises OSError where the disk is full, and ValueError for what is not a
+        tensor."""
         pieces, results = {}, []
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                raise ValueError(f"{item.index.fqn} is no tensor: it belongs into state.json")
+                raise ValueError(f"{item.index.fqn} is not a tensor: it belongs in state.json")
             live = planner.resolve_data(item) if self.staged is None else self.staged[item.index.fqn]
             tensor = live.detach().cpu().contiguous()
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
@@ -122,7 +124,7 @@ class TensorWriter(StorageWriter):
                 save_file(pieces, self.folder / self.name)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            os.chmod(self.folder / self.name, self.folder.stat().st_mode & 0o666)  # else nobody but the owner reads it
+            os.chmod(self.folder / self.name, self.folder.stat().st_mode & 0o666)  # else only its owner can read it
             to_disk(self.folder / self.name)
         return _done(results)
 
@@ -148,7 +150,7 @@ class TensorWriter(StorageWriter):
 
 
 class TensorReader(StorageReader):
-    """Reads what a TensorWriter's processes wrote."""
+    """A reader of the files that TensorWriters wrote."""
 
     def __init__(self, folder: Path):
         self.folder = folder

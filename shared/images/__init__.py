@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in, batches on the device out; which samples make a step depends on seed and step alone."""
+"""Read images and make batches on the device; which samples make a step depends on seed and step alone."""
 
 from .loader import Batch, Loader, Views, build_views
 from .settings import ImageConfig

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded image and crop in, pixels of the network's size out; as little as possible is decoded, moved or allocated.
+"""Decode the crop of an encoded image and resize it to the network's size.
 
-JPEGs go through libjpeg-turbo, which decodes the rows and columns of the crop alone and stops below it: by crop_jpeg.c
-where it can be compiled, which also resizes; else simplejpeg decodes the whole image. All else goes through PIL, which
-reads JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library, from the same
-crop, at the same scale. Only an image that is damaged below its crop is decoded by crop_jpeg.c and refused by others.
+JPEGs go through libjpeg-turbo, which decodes only the rows and columns of the crop: by crop_jpeg.c, which also
+resizes, where it can be compiled; else simplejpeg decodes the whole image. All else goes through PIL, which reads
+JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library, from the same crop,
+at the same scale. Only an image that is damaged below its crop is decoded by crop_jpeg.c and refused by the others.
 
-Transparency is dropped, not blended: the colours below it are what the file holds. Of 16 bits a channel the upper 8
+Transparency is dropped, not blended: the colours below it are what the file holds. Of 16 bits per channel the upper 8
 are kept. Of an animation the first picture counts.
 """
 
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from .native import libjpeg_version, library
 
-# PIL's names of what is read; others of its readers run programs (EPS) or are seldom tried. JPEG includes MPO.
+# PIL's names. Its other readers run programs (EPS) or are seldom used. JPEG includes MPO.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
 END_OF_IMAGE = b"\xff\xd9"
-# A marker that has no place in compressed data: something else was written over a part of the file.
+# A marker that cannot occur in compressed data: something else was written over a part of the file.
 STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
 MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
 METHODS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -48,7 +48,7 @@ def simplejpeg() -> ModuleType | None:
 
 
 class Crop(NamedTuple):
-    """What the network sees of an image, in pixels of its upright form, and whether it is mirrored."""
+    """The part of an image that the network sees, in pixels of the upright image, and whether it is mirrored."""
 
     left: int
     top: int
@@ -57,19 +57,19 @@ class Crop(NamedTuple):
     mirrored: bool = False
 
 
-View = Callable[[int, int, int], Crop]  # of width, height and the sample's augmentation seed
+View = Callable[[int, int, int], Crop]  # takes width, height and the sample's augmentation seed
 
 
 def decoder() -> str:
-    """Name the library that decodes JPEGs on this machine, for records; the others take what it leaves to them."""
+    """Name the library that decodes JPEGs on this machine, for records; the others decode what it cannot."""
     if library():
         return f"crop_jpeg.c with libjpeg-turbo {libjpeg_version()}"
     return f"simplejpeg {simplejpeg().__version__}" if simplejpeg() else f"pillow {pillow}"
 
 
 def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> bool:
-    """Write the view of an image into out: (size, size, 3) uint8, by one antialiased bilinear resize of its crop.
-    Returns whether the view is mirrored, which is left to the device.
+    """Write the view of an image into out, (size, size, 3) uint8, by one antialiased bilinear resize of its crop.
+    Return whether the view is mirrored, which is left to the device.
 
     Raises ValueError or OSError, with the reason, where the image cannot be decoded to its end.
     """
@@ -85,7 +85,7 @@ def render(image: bytes | np.ndarray, view: View, seed: int, out: Tensor) -> boo
 
 
 def plain_jpeg(image: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that lies upright in colours of its own; None leaves it to PIL."""
+    """Return height and width of a JPEG that is upright and grey, RGB or YCbCr; None leaves it to PIL."""
     if image[:2] != b"\xff\xd8":
         return None
     try:
@@ -97,8 +97,8 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
 
 
 def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
-    """The divisor 1, 2, 4 or 8 by which a decoder may shrink an image whose crop is to fill `size` pixels, and the
-    crop with its edges at multiples of it, or at the image's."""
+    """Return the crop with its edges at multiples of a divisor, or at the image's, and the divisor 1, 2, 4 or 8 by
+    which a decoder may shrink an image whose crop is to fill `size` pixels."""
     least = min(crop.right - crop.left, crop.bottom - crop.top) // size
     if least < 2:
         return crop, 1
@@ -109,12 +109,12 @@ def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
 
 
 def _shrunk(crop: Crop, scale: int) -> Crop:
-    """The crop in the image that was divided by scale."""
+    """Return the crop in the image that was divided by scale."""
     return crop if scale == 1 else Crop(*(-(-edge // scale) for edge in crop[:4]), crop.mirrored)
 
 
 def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | None:
-    """Into out, by crop_jpeg.c; None, and then out holds nothing of use, where it leaves the image to others."""
+    """Fill out by crop_jpeg.c and return the crop; None leaves the image to the others, and out undefined."""
     assert out.is_contiguous()
     if not (shape := library().jpeg_size(image, len(image))):
         return None
@@ -128,7 +128,7 @@ def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | N
 
 
 def _by_simplejpeg(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop] | None:
-    """The decoded image, scaled where the crop allows it, and the crop in it; None leaves it to PIL."""
+    """Return the decoded image, scaled where the crop allows it, and the crop in it; None leaves it to PIL."""
     if not simplejpeg() or not (found := plain_jpeg(image)):
         return None
     height, width = found
@@ -136,30 +136,30 @@ def _by_simplejpeg(image: bytes, view: View, seed: int, size: int) -> tuple[np.n
     limits = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
     try:
         return simplejpeg().decode_jpeg(image, "RGB", **limits), _shrunk(crop, scale)
-    except ValueError:  # perhaps only a warning of libjpeg's: PIL knows which images end too early
+    except ValueError:  # perhaps only a warning of libjpeg's: PIL tells whether the image is truncated
         return None
 
 
 def _by_pil(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray, Crop]:
-    """The decoded image, upright, scaled as by simplejpeg, and the crop in it."""
+    """Return the decoded image, upright, scaled as simplejpeg does, and the crop in it."""
     with opened(image) as file:
         if file.format not in ("JPEG", "MPO") or _jpeg_orientation(image) != 1:
             pixels = np.array(upright(file))
             return pixels, view(pixels.shape[1], pixels.shape[0], seed)
         width, height = file.size
         crop, scale = scaled(view(width, height, seed), size, width, height)
-        file.draft(None, (width // scale, height // scale))  # by the greatest of 1, 2, 4 and 8 that leaves as many
+        file.draft(None, (width // scale, height // scale))  # by the largest of 1, 2, 4, 8 that leaves as many
         pixels = np.array(file.convert("RGB"))
     assert pixels.shape[:2] == (-(-height // scale), -(-width // scale)), "PIL took another scale"
     return pixels, _shrunk(crop, scale)
 
 
 def segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
-    """The marker of each segment of the header, up to the compressed data, and where its content begins and ends."""
+    """Yield each marker of the header, up to the compressed data, and where its segment's content begins and ends."""
     place = 2
     while (place := jpeg.find(b"\xff", place)) >= 0 and place + 4 <= len(jpeg):
         marker = jpeg[place + 1]
-        if marker == 0xFF:  # it fills a gap
+        if marker == 0xFF:  # a fill byte
             place += 1
             continue
         begin, place = place + 4, place + 2 + int.from_bytes(jpeg[place + 2 : place + 4])
@@ -169,23 +169,23 @@ def segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def intact(image: bytes) -> bool:
-    """Whether a JPEG may be decoded in part: it has its end, and no other file's bytes within its data."""
+    """Return whether a JPEG may be decoded in part: it has its end, and no other file's bytes in its data."""
     begin = max((end for *_, end in segments(image)), default=2)
     return image.endswith(END_OF_IMAGE) and not STRAY.search(image, begin)
 
 
-# Which way is up
+# Orientation
 
 
 def _jpeg_orientation(jpeg: bytes) -> int:
-    if any(marker == 0xE1 for marker, *_ in segments(jpeg)):  # to ask PIL takes 40 us
+    if any(marker == 0xE1 for marker, *_ in segments(jpeg)):  # asking PIL takes 40 us
         with contextlib.suppress(Exception), Image.open(BytesIO(jpeg), formats=("JPEG",)) as file:
             return _orientation(file)
     return 1
 
 
 def _orientation(file: Image.Image) -> int:
-    """1 to 8, as Exif numbers them, of an image that is loaded; 1 where neither Exif nor XMP tells."""
+    """Return a loaded image's orientation, 1 to 8 as in Exif; 1 where neither Exif nor XMP gives one."""
     with contextlib.suppress(Exception):  # a damaged Exif
         return file.getexif().get(ExifTags.Base.Orientation, 1)
     return 1
@@ -196,13 +196,13 @@ def _orientation(file: Image.Image) -> int:
 
 @contextlib.contextmanager
 def opened(image: bytes) -> Iterator[Image.Image]:
-    """By PIL, whose readers raise errors of any kind on damaged files, here and as they decode within the block: each
-    becomes a ValueError with its reason."""
+    """Open an image by PIL. Its readers raise errors of any kind on damaged files, here and while they decode
+    within the block: each becomes a ValueError with its reason."""
     try:
         with Image.open(BytesIO(image), formats=FORMATS) as file:
             _refuse_bomb(*file.size)
             yield file
-    except Image.UnidentifiedImageError:  # PIL's own words have an address in memory
+    except Image.UnidentifiedImageError:  # PIL's message holds a memory address
         raise ValueError(f"it is none of {', '.join(FORMATS)}, or its header is damaged") from None
     except (OSError, ValueError):
         raise
@@ -211,9 +211,9 @@ def opened(image: bytes) -> Iterator[Image.Image]:
 
 
 def upright(file: Image.Image) -> Image.Image:
-    """Return all of an image that `opened` gives, upright, in RGB of 8 bits a channel.
+    """Return the whole image that `opened` gives, upright, in RGB with 8 bits per channel.
 
-    Raises ValueError for pixels of 32 bits, whose black and white no format fixes.
+    Raises ValueError for 32-bit pixels, whose range no format defines.
     """
     file.load()
     turn, pixels = TURNS.get(_orientation(file)), _of_eight_bits(file)
@@ -222,9 +222,9 @@ def upright(file: Image.Image) -> Image.Image:
 
 
 def _of_eight_bits(file: Image.Image) -> Image.Image:
-    """Grey of 16 bits (of 12, in a TIFF) by its upper 8, which is how PIL reads colours of 16 bits; all else as it is.
+    """Reduce 16-bit grey (12-bit, in a TIFF) to its upper 8 bits, as PIL does with colours; return all else as it is.
 
-    PIL would clip it: all but the darkest 256 levels become white.
+    PIL would clip it: all but the darkest 256 levels would become white.
     """
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
         tags = getattr(file, "tag_v2", {})
@@ -232,7 +232,7 @@ def _of_eight_bits(file: Image.Image) -> Image.Image:
         grey = (np.asarray(file) >> bits - 8).astype(np.uint8)
         return Image.fromarray(255 - grey if white_is_zero else grey)
     if file.mode in ("I", "F"):
-        raise ValueError(f"its pixels are {PIXELS[file.mode]} of no certain range. Save it with 8 or 16 bits")
+        raise ValueError(f"its pixels are {PIXELS[file.mode]} of unknown range. Save it with 8 or 16 bits")
     return file
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run trains on, in the lines that it opens with."""
+"""Describe a run's images, in the lines with which the run begins."""
 
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ FAR = 4  # times larger than what the network sees: most of an image is lost, or
 
 
 def describe(views: "Views", decoder: str | None) -> Description:
-    """Return what a run says of one part of its images.
+    """Return the description of one part of a run's images.
 
-    Sizes are width x height in pixels, from the smallest to the largest of the images looked at; undecodable ones
-    have none.
+    Sizes are width x height in pixels, from the smallest to the largest of the images looked at; undecodable ones have
+    none.
     """
     source, size = views.source, views.image_size
     sizes = _sizes(source)
@@ -45,7 +45,7 @@ def _part(source: Source, sizes: list[tuple[int, int]]) -> str:
 
 
 def _sizes(source: Source) -> list[tuple[int, int]]:
-    """(width, height), the smallest area first."""
+    """Return (width, height) of some images, the smallest area first."""
     numbers = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int)).tolist()
     found = [_size(source, number) for number in numbers]
     return sorted((size for size in found if size), key=lambda size: (size[0] * size[1], size))
@@ -63,10 +63,10 @@ def _size(source: Source, number: int) -> tuple[int, int] | None:
 
 
 def _hint(size: int, sizes: list[tuple[int, int]]) -> list[str]:
-    """Of the image in the middle, where it is far larger than what the network sees."""
+    """Return a hint on the image in the middle, where it is far larger than what the network sees."""
     width, height = sizes[len(sizes) // 2] if sizes else (0, 0)
     if min(width, height) <= FAR * size:
         return []
     if size < USUAL:
-        return [f"hint: images of {width} x {height} pixels lose much there; try --image_size {USUAL}"]
+        return [f"hint: images of {width} x {height} pixels lose detail at this size; try --image_size {USUAL}"]
     return [f"hint: {width} x {height} pixels are slow to decode: tools/pack.py --max_side {FAR * size}"]

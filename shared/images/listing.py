@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CSV file that lists images: its encoding, its separator and its columns, none of which is guessed where two
-readings fit."""
+"""Read a CSV file that lists images. Its encoding, separator and columns are not guessed where two readings fit."""
 
 import csv
 import io
@@ -16,7 +15,7 @@ NEEDED = "It needs a header `path,label,split` and at least one row (split may b
 
 
 def read_csv(path: Path, image_column: str, label_column: str) -> tuple[list[str], list[str], list[str] | None]:
-    """Paths (as the CSV writes them, with slashes), labels, and parts where there is a column split."""
+    """Return paths (as the CSV writes them, with slashes), labels, and parts where there is a column split."""
     wanted = [(image_column or "path").lower(), (label_column or "label").lower()]
     header, rows = _rows(path, _text(path), wanted)
     for name in (*wanted, "split"):
@@ -33,7 +32,7 @@ def read_csv(path: Path, image_column: str, label_column: str) -> tuple[list[str
 
 
 def _text(path: Path) -> str:
-    """File names need not be UTF-8: their bytes are kept."""
+    """Return the file's text. File names need not be UTF-8: their bytes are kept."""
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4096]:
         raise UserError(f"{path} is UTF-16. Save it as UTF-8: iconv -f utf-16 -t utf-8 {path.name} > new.csv")
@@ -41,7 +40,8 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path, text: str, wanted: list[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header's names in small letters, and each row with its line, by the separator that finds the columns."""
+    """Return the header's names in small letters, and each row with its line, by the separator that finds the
+    columns."""
     for separator in SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         try:
@@ -63,7 +63,7 @@ def _rows(path: Path, text: str, wanted: list[str]) -> tuple[list[str], list[tup
 
 
 def _refuse_encoding(path: Path, paths: list[str], labels: list[str]) -> None:
-    """Bytes that are not UTF-8 may be of a file's name, and of nothing else."""
+    """Raise UserError for bytes that are not UTF-8, except in the name of an existing file."""
     odd = next((label for label in labels if not _is_utf8(label)), None)
     file = next((name for name in paths if not _is_utf8(name)), None)
     if odd is None and file is not None and not os.path.exists(os.path.join(path.parent, file)):
@@ -78,7 +78,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _refuse_no_classes(path: Path, column: str, labels: list[str]) -> None:
-    """Names of classes, or whole numbers: whatever else would become a class for each value."""
+    """Raise UserError for labels that are neither class names nor whole numbers: each value would become a class."""
     several = next((label for label in labels if any(mark in label for mark in ";|\t\n")), None)
     if several is not None:
         raise UserError(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode in worker processes, cross to the device as uint8, normalise there.
+"""Decode in worker processes, send batches to the device as uint8, and normalise them there.
 
-The loaders are already this process's own: they must not go through `accelerator.prepare`.
+Each loader already has only this process's share: it must not go through `accelerator.prepare`.
 """
 
 import atexit
@@ -61,14 +61,14 @@ class Batch(NamedTuple):
     mirrored: Tensor  # (B,) bool: which images a Loader has yet to mirror, on the device
     digest: int  # of sample indices and augmentation seeds, see order.digest
     rejected: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
-    wait_seconds: float = 0.0  # that the training loop stood still for this batch
+    wait_seconds: float = 0.0  # that the training loop waited for this batch
     indices: Tensor = torch.empty(0, dtype=torch.int64)  # (B,): which samples these are, on the host; -1 is none
     step_weight: float = 0.0  # W: images of the global step, each of weight 1 (contracts.py)
     parts: int = 1  # micro-batches of the global step, on all data-parallel processes
 
 
 class _Whole(Batch):
-    """A batch in one piece of memory, as which it comes from a worker: each tensor by itself would cost 0.5 ms."""
+    """A batch in one piece of memory, as a worker sends it: each tensor by itself would cost 0.5 ms."""
 
     def __reduce__(self):
         if _slots.memory is None:
@@ -81,7 +81,7 @@ SMALL = 3 * 8 + 2  # bytes of a sample's five numbers
 
 
 def _whole(small: Tensor, images: Tensor, rows: int, digest: int = 0, rejected: tuple[str, ...] = ()) -> _Whole:
-    """The batch that lies, or is about to, in these bytes."""
+    """Return the batch whose tensors lie in these bytes."""
     numbers, flags = small.split([3 * 8 * rows, 2 * rows])
     labels, seeds, indices = numbers.view(torch.int64).split(rows)
     valid, mirrored = flags.view(torch.bool).split(rows)
@@ -90,9 +90,9 @@ def _whole(small: Tensor, images: Tensor, rows: int, digest: int = 0, rejected: 
 
 
 def _received(key: int, offset: int, rows: int, size: int, digest: int, rejected: tuple[str, ...]) -> _Whole:
-    """The batch whose images lie at this offset of the memory that a worker shares with its parent."""
+    """Return the batch whose images lie at this offset of the memory that a worker shares with its parent."""
     memory = _shared[key].view(-1)[offset - SMALL * rows : offset + rows * 3 * size**2]
-    small = memory[: SMALL * rows].clone()  # the worker writes its memory again; images are copied by the Loader
+    small = memory[: SMALL * rows].clone()  # the worker overwrites its memory; the Loader copies images
     return _whole(small, memory[SMALL * rows :], rows, digest, rejected)
 
 
@@ -102,15 +102,15 @@ class Candidate(NamedTuple):
     epoch: int
     index: int
     read: Callable[[], bytes | np.ndarray]  # raises OSError
-    counts: bool = True  # as rejected, where it is; one that only stands in for another is counted at its own place
+    counts: bool = True  # as rejected, if undecodable; a substitute counts at its own place
 
 
 @dataclass(frozen=True)
 class Views(Dataset):
     """The images of a source as the network sees them; indexed by (epoch, sample index), a batch at a time.
 
-    An image that cannot be decoded is named in the batch. In training the order's next sound sample takes its place,
-    the same one on any topology; in an evaluation the place stays empty and is not counted.
+    An undecodable image is named in the batch. In training the order's next decodable sample takes its place, the same
+    one on any topology; in an evaluation the place stays empty and is not counted.
     """
 
     source: Source
@@ -139,9 +139,9 @@ class Views(Dataset):
                 yield Candidate(epoch, other, partial(images.__getitem__, other), counts=False)
 
     def fill(self, places: Sequence[Iterator[Candidate]]) -> Batch:
-        """Each place of a batch takes the first of its candidates that can be decoded, or stays empty.
+        """Fill each place of a batch with the first of its candidates that can be decoded, or leave it empty.
 
-        Raises UserError where MOST_TRIES in a row, or all that there are, cannot be.
+        Raises UserError where MOST_TRIES images in a row, or all that there are, are undecodable.
         """
         rows, size = len(places), self.image_size
         batch = _whole(*_slots.take(rows * (SMALL + 3 * size**2)).tensor_split([rows * SMALL]), rows)
@@ -163,7 +163,7 @@ class Views(Dataset):
                         rejected.append(f"{self.source.images.name(index)}: {error}")
                     if tries + 1 >= min(len(self), MOST_TRIES):
                         raise UserError(
-                            f"{tries + 1} images in a row cannot be decoded, such as {rejected[-1]}"
+                            f"{tries + 1} images in a row cannot be decoded, such as {rejected[-1]}. Fix the data."
                         ) from error
             else:
                 batch.images[row] = 0
@@ -180,7 +180,7 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
     """Return this process's share of the training and of the held-out images, as the network sees them.
 
     sources: the two. config: a recipe's own, with global_batch_size and gradient_accumulation_steps. Raises UserError
-    where the batch does not divide.
+    where the batch does not divide among the processes.
     """
     (train, held_out), seed, share = sources, run_config.seed, data_parallel(accelerator)
     batch = micro_batch_size(config, share[1])
@@ -197,18 +197,18 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
 
 
 class _Slots:
-    """A worker's pieces of the memory that it shares with its parent, which it fills in turn. New memory would cost a
-    page fault for every 4 KiB of each batch, and half a millisecond to be sent."""
+    """A worker's slots in the memory that it shares with its parent, filled in turn. New memory would cost a page
+    fault for every 4 KiB of each batch, and half a millisecond to send."""
 
     def __init__(self, key: int = 0, memory: Tensor | None = None, used: Tensor | None = None):
-        """memory: (slots, bytes), of which the parent has _shared[key]. used: (), shared: the parent needs no batch of
-        a lower number; None: it needs but the last ones."""
+        """memory: (slots, bytes), the parent's _shared[key]. used: (), shared: the parent has used all batches
+        below this number; None: it has used all but the last ones."""
         self.key, self.memory, self.used = key, memory, used
         self.holds = [-1] * (0 if memory is None else len(memory))  # numbers of batches
         self.batch, self.slot = -1, 0  # what is being written, and where
 
     def take(self, size: int) -> Tensor:
-        """So many bytes, for which it waits where a slower worker holds up the order; in the parent new ones."""
+        """Return so many bytes: of the next slot, once the parent has used its last batch; in the parent new ones."""
         if self.memory is None:
             return torch.empty(size, dtype=torch.uint8)
         self.slot = (self.slot + 1) % len(self.memory)
@@ -221,11 +221,11 @@ class _Slots:
 
 
 _slots = _Slots()
-_shared: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by address, as long as a loader is
+_shared: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by address, while a loader lives
 
 
 def _shared_memory(*shape: int) -> Tensor:
-    """Bytes that workers see, too, in this shape."""
+    """Return bytes of this shape that workers share."""
     try:
         memory = torch.UntypedStorage._new_shared(math.prod(shape))
     except RuntimeError as error:
@@ -238,32 +238,32 @@ def _shared_memory(*shape: int) -> Tensor:
 
 
 def shared_number(num_workers: int) -> Tensor:
-    """A zero, of which workers see what it becomes."""
+    """Return a zero, whose later values workers see."""
     return _shared_memory(8).view(torch.int64)[0] if num_workers else torch.zeros((), dtype=torch.int64)
 
 
 def _begin_worker(key: int, memory: Tensor, used: Tensor | None, parent: int, worker: int) -> None:
-    """For a DataLoader of this collection. memory: (workers, slots, bytes)."""
+    """Prepare a worker process of a DataLoader. memory: (workers, slots, bytes)."""
     _slots.__init__(key, memory[worker], used)
     ignore_signals()
-    if os.getppid() != parent:  # torch, which looks from now on, would take another process for the parent
+    if os.getppid() != parent:  # the parent is gone; torch, which looks from now on, would watch another process
         os._exit(1)
 
 
 def worker_options(
     views: Views, num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, used: Tensor | None = None
 ) -> dict:
-    """What every DataLoader of this collection is given. used: see _Slots; without it, a worker's batch is good until
-    the next one but one.
+    """Return the options of every DataLoader here; raises UserError where workers could not send their batches.
 
-    Raises UserError where workers could not send what they make."""
+    used: see _Slots; without it, a worker's batch is valid until its next but one.
+    """
     begin = None
     if num_workers:
         _try_to_send()
-        # Before multiprocessing waits for them: it asks by SIGTERM, which they ignore. Called twice, it is no harm.
+        # Before multiprocessing waits for them: it sends SIGTERM, which they ignore. A second call does no harm.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
-        # Beside the batches that are ready, one is in use and one is being written; out of turn, as many again wait.
+        # Besides the ready batches, one is in use and one is being written; out of order, as many again wait.
         slots = (1 if used is None else 2) * prefetch_factor + 2
         memory = _shared_memory(num_workers, slots, -(-views.batch_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)
         _shared[memory.data_ptr()] = memory
@@ -277,7 +277,7 @@ def worker_options(
         "generator": torch.Generator(),
         "worker_init_fn": begin,
         "prefetch_factor": prefetch_factor if num_workers else None,
-        # Forked workers start at once; Python 3.14's default imports torch anew in each.
+        # Forked workers start at once; Python 3.14's default imports torch again in each.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
     }
 
@@ -287,7 +287,7 @@ def _as_is(batch: Batch) -> Batch:
 
 
 def _try_to_send() -> None:
-    """Make one of what a worker's batch comes through. A worker that could not would only keep it."""
+    """Raise UserError where no queue can be made: a worker without one would keep its batches, without an error."""
     try:
         multiprocessing.SimpleQueue()
     except OSError as error:
@@ -297,7 +297,7 @@ def _try_to_send() -> None:
 
 
 def start_workers(loader: DataLoader) -> None:
-    """Now, while no other thread computes: a lock that one held would stay locked in a fork."""
+    """Start the workers now, while no other thread computes: a lock that one held would stay locked in a fork."""
     if not loader.num_workers:
         return
     try:
@@ -305,18 +305,18 @@ def start_workers(loader: DataLoader) -> None:
     except OSError as error:  # no more processes, descriptors or memory
         raise UserError(f"a loader worker cannot start: {error}. Give fewer --num_workers.") from error
     if threading.current_thread() is threading.main_thread():
-        # torch's handler would raise wherever the program is when a worker dies; who waits for its batch finds out.
+        # torch's handler would raise anywhere in the program when a worker dies; the wait for its batch notices it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _Numbered(Dataset):
-    """The views' batches by their numbers: how many have been asked for before, in all passes."""
+    """The views' batches, numbered in the order in which they were requested, in all passes."""
 
     def __init__(self, views: Views):
         self.views, self.order, self.asked = views, (), 0
 
     def __iter__(self) -> Iterator[tuple[int, list]]:
-        """It is its own batch sampler."""
+        """Yield numbered batches of samples: the data set is its own batch sampler."""
         for samples in self.order:
             self.asked += 1
             yield self.asked - 1, samples
@@ -327,24 +327,24 @@ class _Numbered(Dataset):
 
 
 class WorkerLoader:
-    """Host batches of the views, in their order. Each is rendered by the worker that is free first: by turns, all
-    would go at the pace of the slowest."""
+    """Host batches of the views, in their order. The first free worker renders the next one: if workers took turns,
+    all would go at the pace of the slowest."""
 
     def __init__(
         self, views: Views, num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, **options
     ):
-        """options: more of torch's DataLoader."""
+        """options: others of torch's DataLoader."""
         self.numbered, self.used = _Numbered(views), shared_number(num_workers)
         options = (
             worker_options(views, num_workers, device, prefetch_factor, self.used) | {"in_order": False} | options
         )
         self.loader = DataLoader(self.numbered, batch_sampler=self.numbered, **options)
         start_workers(self.loader)
-        self.numbered.order = views.order  # from now on: whence the first pass begins was not known
+        self.numbered.order = views.order  # not earlier: the first pass's step was not known
 
     def __iter__(self) -> Iterator[Batch]:
         early, number = {}, self.numbered.asked
-        self.used.fill_(number)  # what an earlier pass left unread is not waited for
+        self.used.fill_(number)  # no worker waits for what an earlier pass left unread
         try:
             for other, batch in self.loader:
                 early[other] = batch
@@ -354,12 +354,12 @@ class WorkerLoader:
                     self.used.fill_(number)
         finally:
             if self.used == number:  # else a later pass has begun
-                self.used.fill_(self.numbered.asked)  # whoever waits need not
+                self.used.fill_(self.numbered.asked)  # workers that wait need not
 
 
 class _Watch(threading.Thread):
-    """Over one pass: ends the program in one line where a batch does not come for LIMIT seconds, or for PATIENCE from
-    when the run was to stop. A thread, for what waits may be within any library, and the batch come from any."""
+    """A watch over one pass: it ends the program in one line where a batch does not come for LIMIT seconds, or for
+    PATIENCE once the run is to stop. It is a thread, because the wait may be inside any library."""
 
     def __init__(self, images: str, noted: Callable[[], str]):
         super().__init__(daemon=True)
@@ -367,7 +367,7 @@ class _Watch(threading.Thread):
         self.batch, self.waiting, self.over = 0, False, threading.Event()
 
     def wait(self, function: Callable, *arguments):
-        """What the function returns. Raises UserError where a worker did, or died."""
+        """Call the function and return its result. Raises UserError where a worker raised it, or died."""
         self.batch, self.waiting = self.batch + 1, True
         try:
             return function(*arguments)
@@ -385,7 +385,7 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         batch, seconds, asked = 0, 0, 0
-        while not self.over.wait(1):  # seconds are counted: a process that was suspended has not waited
+        while not self.over.wait(1):  # count seconds: a process that was suspended has not waited
             if not self.waiting or batch != self.batch:
                 batch, seconds, asked = self.batch, 0, 0
                 continue
@@ -396,12 +396,10 @@ class _Watch(threading.Thread):
 
 
 def _end(line: str, reason: str) -> None:
-    """The program, from any thread, with status 1."""
+    """End the program, from any thread, with status 1."""
     if reason:
         line += f", so the run stops ({reason}) without a checkpoint of its last steps; the same command resumes it"
-    line += (
-        ". The loader stands still: look whether the storage of --data answers, and at the workers with py-spy dump"
-    )
+    line += ". The loader hangs: check that the storage of --data responds, and look at the workers with py-spy dump"
     one_line(UserError, _failed(f"{line}."), None)
 
 
@@ -426,7 +424,7 @@ class Loader:
         statistics: tuple[list[float], list[float]] | None = None,
         read: Callable[[Views, int, torch.device], Iterable[Batch]] = WorkerLoader,
     ):
-        """statistics: mean and standard deviation of each channel, of [0, 255]; None is ImageNet's. read: makes the
+        """statistics: mean and standard deviation of each channel, in [0, 255]; None: ImageNet's. read: makes the
         host batches; each pass over what it returns begins at `dataset.order.step`."""
         library()  # before workers are forked
         self.dataset, self.order, self.device, self.memory_format = dataset, dataset.order, device, memory_format
@@ -435,13 +433,13 @@ class Loader:
         )
         self.batches = read(dataset, num_workers, device)
         self.decoder = getattr(self.batches, "decoder", decoder())  # for the run's record
-        self.noted: Callable[[], str] = str  # why the run is to stop, or an empty string: a Run sets it
+        self.noted: Callable[[], str] = str  # returns why the run is to stop; a Run sets it
 
     def __len__(self) -> int:
         return len(self.order)
 
     def starting_at(self, step: int) -> "Loader":
-        """Iterate next from this global step on; what came before is not decoded."""
+        """Start the next pass at this global step; earlier samples are not decoded."""
         self.order.step = step
         return self
 
@@ -462,7 +460,7 @@ class Loader:
             watch.over.set()
 
     def _of_step(self, number: int) -> dict:
-        """Weight and parts of the global step to which this pass's micro-batch of that number belongs."""
+        """Return weight and parts of the global step to which this pass's micro-batch of that number belongs."""
         order = self.order
         if not isinstance(order, TrainingOrder):
             return {}
@@ -470,7 +468,7 @@ class Loader:
         return {"step_weight": order.step_weight(step), "parts": order.parts}
 
     def sample(self) -> Tensor:
-        """Return a black image, as the network takes a batch."""
+        """Return a batch of one black image, as the network takes it."""
         size = self.dataset.image_size
         return torch.zeros(1, 3, size, size, device=self.device)
 
@@ -478,13 +476,13 @@ class Loader:
         return describe(self.dataset, self.decoder)
 
     def compare(self, former: dict) -> str:
-        """Return a line where a former start's config.json names another decoder, or an empty string."""
+        """Return a warning where a previous start's config.json names another decoder, or an empty string."""
         was = former.get("decoder", self.decoder)
         same = "" if "DALI" in (was, self.decoder) else "; their pixels are the same"
         return "" if was == self.decoder else f"warning: images were decoded by {was}, now by {self.decoder}{same}"
 
     def check_rejected(self, rejected: int, samples: int) -> None:
-        """Raise UserError where so many of the images are too many."""
+        """Raise UserError where more than the share max_undecodable of the images was rejected."""
         most = self.dataset.max_undecodable
         if rejected > most * samples:
             raise UserError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tar shards in webdataset's convention: `KEY.jpg` beside `KEY.cls`, which holds the class's number as text."""
+"""Read tar shards in webdataset's convention: `KEY.jpg` beside `KEY.cls`, which holds the class's number as text."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ FEW_CLASSES = 1000  # a small part of ImageNet has that many
 
 
 def scan(parts: dict[str, list[str]], root: Path) -> Index:
-    """The index of shards that another program wrote, by their headers and labels alone; parts: the shards of each."""
+    """Return the index of shards from another program, by their headers and labels. parts: the shards of each part."""
     shards = [shard for part in parts.values() for shard in part]
     rows, notes, counts, states = [], [], [], {}
     for number, shard in enumerate(tqdm(shards, desc=f"index of {root}", unit="shard", disable=None)):
@@ -46,7 +46,7 @@ def scan(parts: dict[str, list[str]], root: Path) -> Index:
 
 
 def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.ndarray], parts: dict) -> None:
-    """Classes without names are as many as the greatest label."""
+    """Raise UserError for implausible labels: classes without names are as many as the greatest label."""
     key, label, number, *_ = max(rows, key=lambda row: row[1])
     for name, part in zip(parts, labels, strict=True):
         if not (part >= 0).any():
@@ -68,21 +68,21 @@ def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.nda
 
 
 def numbered(count: int) -> list[str]:
-    """Classes that have no names."""
+    """Return names for classes that have none."""
     return [str(label) for label in range(count)]
 
 
 def members(shard: Path) -> tuple[list[tuple[str, int, int, int]], bool]:
-    """(key, label, offset, length) of each image of a shard, label -1 where it names no class; and whether the shard
-    is whole. An image within which it ends is listed, so that reading it fails and is counted."""
+    """Return (key, label, offset, length) of each image of a shard, label -1 where it has no class; and whether the
+    shard is whole. An image that the end of the shard cuts off is listed, so that reading it fails and is counted."""
     images, label = {}, {}
     found, is_whole = members_of_tar(shard)
     with open(shard, "rb") as file:
         for member in found:
-            # webdataset's: what comes before the first dot of the file's name.
+            # webdataset's key: what comes before the first dot of the file's name.
             stem, _, kind = os.path.basename(member.name).partition(".")
             key, kind = os.path.join(os.path.dirname(member.name), stem), kind.lower()
-            if kind.rpartition(".")[2] in PICKLES:  # of the whole: KEY.input.pyd
+            if kind.rpartition(".")[2] in PICKLES:  # its last ending: KEY.input.pyd
                 raise UserError(
                     f"{shard} holds {member.name}, a pickle, which can run any program when it is read. "
                     "Pack the images again from their JPEG files: tools/pack.py."
@@ -106,16 +106,16 @@ def _refuse_several(shard: Path, key: str, kinds: Iterable[str]) -> None:
 
 
 def image_kind(kinds: Iterable[str]) -> str | None:
-    """Which of a sample's members is its image: `jpg` or the like before `mask.jpg`, the first before others."""
+    """Return the kind of a sample's image: `jpg` or the like before `mask.jpg`, the first before others."""
     found = [kind for kind in kinds if kind.rpartition(".")[2] in IMAGES]
     return min(found, key=lambda kind: kind not in IMAGES, default=None)
 
 
 def members_of_tar(path: Path) -> tuple[list[tarfile.TarInfo], bool]:
-    """The files of a tar, or of what is left of it, links to them, and folders, whose names end in a slash; hidden
-    ones are left out. And whether it goes on to its end, an empty block: tarfile does not mind a damaged header.
+    """Return the files of a tar, or of what is left of it, links to them, and folders, whose names end in a slash,
+    without hidden ones; and whether it is whole, up to an empty block: tarfile accepts a damaged header.
 
-    A file's size is at most one byte more than the tar has: a damaged one can be any number.
+    A file's size is at most one byte more than the tar has: in a damaged header it can be any number.
     """
     files, size = {}, os.stat(path).st_size
     with open(path, "rb") as file, contextlib.suppress(tarfile.TarError, MemoryError, OverflowError, ValueError):
@@ -135,7 +135,7 @@ def members_of_tar(path: Path) -> tuple[list[tarfile.TarInfo], bool]:
 
 
 def _target(link: tarfile.TarInfo) -> str:
-    """Of a link in a tar, by its name there."""
+    """Return the name in the tar to which a link points."""
     return link.linkname if link.islnk() else os.path.normpath(os.path.join(os.path.dirname(link.name), link.linkname))
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random access to labelled images: the embedded digits, or what a folder or a CSV file names."""
+"""Open labelled images for random access: the embedded digits, or those that a folder or a CSV file names."""
 
-# MODULE data.listing
-# MODULE data.shards
 import hashlib
 import os
 import sys
@@ -30,10 +28,10 @@ SAMPLED = 64  # images of a part whose bytes are in its fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images: `labels[i]`, of `images[i]`, indexes `classes`; -1 where an image names none. blocks: for an
-    order that goes by shards.
+    """Labelled images: `labels[i]`, of `images[i]`, indexes `classes`; -1 where an image has no class. blocks: for an
+    order by shards.
 
-    Raises UserError for labels that are no whole numbers, one an image: they are never cast.
+    Raises UserError where labels are not one whole number per image: they are never cast.
     """
 
     images: Images
@@ -56,7 +54,7 @@ class Source:
         return Source(self.images.take(numbers), self.labels[numbers], self.classes, blocks)
 
     def fingerprint(self) -> str:
-        """16 hex digits of all labels, of all files' names and of the bytes of SAMPLED images."""
+        """Return 16 hex digits of all labels, all file names and the bytes of SAMPLED images."""
         digest = hashlib.blake2b(self.labels.astype(np.int64), digest_size=8)
         names = getattr(getattr(self.images, "index", self.images), "names", None)
         digest.update(b"" if names is None else names.tobytes())
@@ -64,15 +62,15 @@ class Source:
             try:
                 digest.update(self.images[number])
             except OSError:
-                digest.update(b"torn")  # the word stays: runs that exist have its hash
+                digest.update(b"torn")  # the word stays: existing runs have its hash
         return digest.hexdigest()
 
 
 def open_data(
     data: str, val_fraction: float, seed: int, shuffle_block: int = 0, image_column: str = "", label_column: str = ""
 ) -> tuple[Source, Source]:
-    """The training and the held-out images of `--data`. shuffle_block: shards whose samples are shuffled together; 0
-    shuffles all. image_column, label_column: which ones of a table or a CSV; empty where there is but one.
+    """Return the training and the held-out images of `--data`. shuffle_block: shards whose samples are shuffled
+    together; 0 shuffles all. image_column, label_column: which ones of a table or a CSV; empty where there is one.
 
     Raises UserError, naming the folder and the remedy, for whatever is missing, empty or contradictory.
     """
@@ -108,9 +106,9 @@ def _open(data: str, val_fraction: float, seed: int, *columns: str) -> tuple[Sou
 def train_and_held_out(
     parts: dict[str, Source], val_fraction: float, seed: int, where: Path | str
 ) -> tuple[Source, Source]:
-    """The two parts, with the same classes in the training's order; without a held-out one a share of each class.
+    """Return both parts with the training's classes; without a held-out part, split off a share of each class.
 
-    Raises UserError where they cannot be.
+    Raises UserError where the parts do not allow it.
     """
     train, *held_out = (parts[name] for name in pair(list(parts), str(where)))
     if len(train.classes) < 2:
@@ -122,7 +120,7 @@ def train_and_held_out(
 
 
 def with_classes(held_out: Source, classes: list[str], where: Path | str) -> Source:
-    """Labels as numbers of these classes, by name. Raises UserError for a class that one part lacks."""
+    """Renumber the labels for these classes, by name. Raises UserError for a class that one part is missing."""
     if held_out.classes == classes:
         return held_out
     refuse_other_classes(classes, held_out.classes, where)
@@ -151,7 +149,7 @@ def _parts_of_folder(folder: Path, columns: tuple[str, ...]) -> dict[str, Source
 
 
 def _packed(folder: Path) -> dict[str, Source]:
-    """What tools/pack.py wrote: the parts with an index beside them, where none lacks it."""
+    """Return what tools/pack.py wrote: the parts, if each has an index beside it."""
     if (folder / NAME).exists():
         return {"": _of_packed(folder)}
     parts = [entry.name for entry in os.scandir(folder) if entry.name in PARTS and entry.is_dir()]
@@ -174,7 +172,7 @@ def _of_index(folder: Path, index: Index) -> Source:
 
 
 def scan(folder: Path) -> Index:
-    """List a folder's images, or its shards' or its tables."""
+    """List the images of a folder, of its shards or of its tables."""
     try:
         tree, states, notes = tree_of_folder(folder)
         layout = read_layout(tree, str(folder))
@@ -186,7 +184,7 @@ def scan(folder: Path) -> Index:
 
 
 def index_of_images(parts: dict[str, dict[str, list[str]]], where: Path) -> Index:
-    """Of class folders, one part after the other. Raises UserError where their classes are not the same."""
+    """Return the index of class folders, part after part. Raises UserError where the parts' classes differ."""
     first = next(iter(parts.values()))
     classes, names, labels, counts = list(first), [], [], {}
     for name, part in parts.items():
@@ -212,8 +210,9 @@ def _from_tables(folder: Path, part: str, files: list[str], columns: tuple[str, 
 
 
 def _digits() -> tuple[Source, Source]:
-    """scikit-learn's 1,797 scanned digits (Alpaydin & Kaynak, 1998), 8x8 enlarged to 32x32; every fifth held out."""
-    (package,) = find_spec("sklearn").submodule_search_locations  # to import it takes two seconds
+    """Return scikit-learn's 1,797 digits (Alpaydin & Kaynak, 1998), enlarged from 8x8 to 32x32; every fifth held
+    out."""
+    (package,) = find_spec("sklearn").submodule_search_locations  # importing it takes two seconds
     table = np.loadtxt(Path(package) / "datasets/data/digits.csv.gz", delimiter=",")
     grey = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) for image in grey]
@@ -224,7 +223,7 @@ def _digits() -> tuple[Source, Source]:
 
 
 def _from_csv(path: Path, val_fraction: float, seed: int, *columns: str) -> tuple[Source, Source]:
-    """Columns path (relative to the CSV's folder, or absolute), label (a class name) and, optionally, split."""
+    """Open a CSV: columns path (relative to its folder, or absolute), label (a class name) and, optionally, split."""
     paths, names, parts = listing.read_csv(path, *columns)
     classes = sorted({*names})
     number = {name: label for label, name in enumerate(classes)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images lie, each read at random by its number: in memory, in files, in tar shards, in a parquet table."""
+"""Read each image at random by its number: from memory, files, tar shards or a parquet table."""
 
 import os
 from typing import Protocol
@@ -14,13 +14,13 @@ OPEN_FILES = 4096  # that a process asks for: ImageNet has 641 shards, and many 
 
 class Images(Protocol):
     def __getitem__(self, number: int) -> bytes | np.ndarray:
-        """The encoded image, or its pixels (H, W, 3) of uint8; raises OSError where it is missing or cut off."""
+        """Return the encoded image, or its pixels (H, W, 3) uint8; raises OSError where it is missing or cut off."""
 
     def name(self, number: int) -> str:
-        """What a person would look for."""
+        """Return the name under which a person finds the image."""
 
     def take(self, numbers: np.ndarray) -> "Images":
-        """A part of them, in this order."""
+        """Return a part of the images, in this order."""
 
 
 class Pixels:
@@ -40,7 +40,7 @@ class Pixels:
 
 
 class Files:
-    """Each image a file. names: (N,) bytes, paths below the folder, or absolute."""
+    """Images in files of their own. names: (N,) bytes, paths below the folder, or absolute."""
 
     def __init__(self, folder: str, names: np.ndarray):
         self.folder, self.names = folder, names
@@ -65,13 +65,13 @@ class Descriptor:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self):
-        if hasattr(self, "number"):  # there was such a file
+        if hasattr(self, "number"):  # unless opening failed
             os.close(self.number)
 
 
 def open_shards() -> int:
-    """Return how many shards one source keeps open: a quarter of the files that this process may open, for there are a
-    training and a held-out part, and other things."""
+    """Return how many shards one source keeps open: a quarter of the files that this process may open, since there
+    are a training and a held-out part, and other files."""
     return max(1, raise_open_files(OPEN_FILES) // 4)
 
 
@@ -80,7 +80,7 @@ class Members:
 
     def __init__(self, folder: str, index: Index):
         self.folder, self.index = folder, index
-        self.files: dict[int, Descriptor] = {}  # the one that was used last is the last
+        self.files: dict[int, Descriptor] = {}  # the most recently used is last
         self.most = open_shards()
 
     def __getitem__(self, number: int) -> bytes:
@@ -94,8 +94,8 @@ class Members:
         return data
 
     def _open(self, shard: int) -> Descriptor:
-        """Reads name their position, so that threads, and processes which were forked, may share it. There is no lock,
-        which a fork could find locked for ever: each line is whole by itself, and at worst two threads open a file."""
+        """Return an open shard. Reads name their position: threads and forked processes may share it. No lock,
+        which a fork might inherit locked: each line is atomic, and at worst two threads open the same file."""
         file = self.files.pop(shard, None) or Descriptor(os.path.join(self.folder, self.index.shards[shard]))
         if len(self.files) >= self.most:
             for oldest in list(self.files)[:1]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parquet and arrow files of Hugging Face's `datasets`: which of their columns are trained on, and their rows."""
+"""Read parquet and arrow files of Hugging Face's `datasets`: the columns to train on, and their rows."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ IMAGE_COLUMN, LABEL_COLUMN = "--image_column", "--label_column"
 
 
 def open_rows(files: list[Path]):
-    """The rows of one part as a `datasets.Dataset` that lies on the disk: arrow files are mapped from where they are,
-    parquet by way of the library's cache."""
+    """Return the rows of one part as a `datasets.Dataset` on the disk: arrow files are mapped in place, parquet
+    files through the library's cache."""
     import datasets
 
     saved = files[0].with_name("state.json")  # of save_to_disk: it lists the files, beside which caches may lie
@@ -35,7 +35,7 @@ def open_rows(files: list[Path]):
 
 
 def _refuse_other_features(files: list[Path]) -> None:
-    """The library gives all files the first one's names of classes, whatever the numbers mean in the others."""
+    """Raise UserError where files differ: the library would give all of them the first one's class names."""
     import datasets
 
     first = None
@@ -69,10 +69,10 @@ def _schema(file: Path):
 
 
 def read_columns(rows, where: str, image_column: str = "", label_column: str = "") -> tuple[Rows, np.ndarray, list]:
-    """The images, the labels and the names of the classes of a `datasets.Dataset`; empty names choose the columns
-    where there is one of each.
+    """Return the images, the labels and the class names of a `datasets.Dataset`; empty names choose the columns where
+    there is one of each.
 
-    Raises UserError, naming the columns, for several ones of a kind, or none, or a name that is not there.
+    Raises UserError, naming the columns, where there are several of a kind, or none, or none of that name.
     """
     import datasets
 
@@ -87,7 +87,7 @@ def read_columns(rows, where: str, image_column: str = "", label_column: str = "
 
 
 def choose_column(features: dict, kind: type, wanted: str, flag: str, where: str) -> str:
-    """The name of the only column of a kind of feature, or of the one that `flag` names."""
+    """Return the name of the only column of a kind of feature, or of the one that `flag` names."""
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     if wanted in found or (len(found) == 1 and not wanted):
         return wanted or found[0]
@@ -104,7 +104,7 @@ def choose_column(features: dict, kind: type, wanted: str, flag: str, where: str
 
 
 def _said(feature) -> str:
-    """What a column holds, in a word or two."""
+    """Describe what a column holds, in a word or two."""
     if names := getattr(feature, "names", None):
         return f"a ClassLabel of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     kind = type(feature).__name__
@@ -116,6 +116,6 @@ def _cast(kind: type) -> str:
 
 
 def class_numbers(column, count: int, where: str) -> np.ndarray:
-    """(N,) int64 of a pyarrow column of labels; -1 where it is null or names none of the `count` classes."""
+    """Return a pyarrow column of labels as (N,) int64; -1 where it is null or names none of the `count` classes."""
     labels = np.asarray(column.fill_null(-1), dtype=np.int64)
     return np.where((labels >= 0) & (labels < count), labels, -1)

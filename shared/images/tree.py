@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts and classes a data set has, decided by the names of its files alone: one rule for a folder and for an
-archive, for images in class folders, tar shards and tables. What can be read in two ways is refused by name.
+"""Find a data set's parts and classes from the names of its files alone: by one rule for folders and archives, for
+images in class folders, tar shards and tables. Names that can be read in two ways are refused.
 
-The parts' names are Hugging Face's (datasets/data_files.py); like there, a folder's name goes before a file's.
+The parts' names are Hugging Face's (datasets/data_files.py); as there, a folder's name takes precedence over a file's.
 """
 
 import os
@@ -24,15 +24,15 @@ PARTS = ("train", "training", *HELD_OUT)
 WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(PARTS)})(?![a-z])", re.IGNORECASE)
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "ppm", "pgm", "bmp", "tif", "tiff")
 KINDS = {".parquet": "tables", ".arrow": "tables", ".tar": "tar shards"} | {f".{kind}": "images" for kind in IMAGES}
-# What systems keep beside a user's files, besides all that begins with a dot.
+# What systems put beside a user's files, besides names that begin with a dot.
 SYSTEM = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
 SYSTEM |= {"thumbs.db", "desktop.ini"}
 ONE_EACH = "Put the images of each class into a folder of its own."
 
 
 class Layout(NamedTuple):
-    """The kind of files and, of each part, for images {class: names}, else the files' names; "" is the part where
-    nothing names one. notes: what was left out."""
+    """The kind of files and, for each part, {class: names} of images or the names of other files; "" is the part of
+    files that name none. notes: what was left out."""
 
     kind: str
     parts: dict[str, dict[str, list[str]] | list[str]]
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a folder or a file is of the system, or hidden, and so no data."""
+    """Return whether a folder or a file is hidden or the system's, and so not data."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
@@ -51,7 +51,7 @@ def ending(name: str) -> str:
 def tree_of_folder(root: Path) -> tuple[Tree, States, list[str]]:
     """Walk a folder, through links too, but into each real folder once and never into one that it lies in.
 
-    Returns the folders' states from before they were listed, and notes on links that were not followed.
+    Return the tree, the folders' states from before they were listed, and notes on links that were not followed.
     """
     tree, states, notes = {}, {}, []
     seen = {_identity(os.stat(parent)) for parent in root.resolve().parents}
@@ -81,7 +81,7 @@ def state_of(state: os.stat_result) -> list[int]:
 
 
 def tree_of_names(names: Iterable[str]) -> Tree:
-    """The folders and files of an archive; a name that ends in a slash is a folder's."""
+    """Return the folders and files of an archive; a name that ends in a slash is a folder's."""
     tree = {"": []}
     for name in names:
         *folders, file = name.split("/")
@@ -94,9 +94,9 @@ def tree_of_names(names: Iterable[str]) -> Tree:
 
 
 def with_slashes(names: list[str], where: str) -> list[str]:
-    """Names as this system writes them: without `./`, and with the backslashes of another system as slashes.
+    """Return names as this system writes them: without `./`, and with slashes for another system's backslashes.
 
-    Raises UserError where both separate.
+    Raises UserError where both separate folders.
     """
     if any("\\" in name for name in names):
         if mixed := next((name for name in names if "/" in name), None):
@@ -134,8 +134,8 @@ def read_layout(tree: Tree, where: str) -> Layout:
 
 
 def _kinds(tree: Tree, parts: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """{kind: the first such file} of what lies in the folders of parts, and of all else. An image that lies in no
-    class folder counts for none."""
+    """Return {kind: the first such file} inside the parts' folders, and outside. An image that lies in no class
+    folder does not count."""
     inside, outside = {}, {}
     for folder, files in tree.items():
         in_part = folder.partition("/")[0] in parts
@@ -148,9 +148,9 @@ def _kinds(tree: Tree, parts: list[str]) -> tuple[dict[str, str], dict[str, str]
 
 
 def pair(parts: list[str], where: str, tree: Tree | None = None) -> list[str]:
-    """The names of the training part and of the held-out one, where there is one: at most one of each.
+    """Return the names of the training part and, where there is one, of the held-out part.
 
-    Raises UserError for any other parts, or files of none ("") beside them.
+    Raises UserError for any other parts, or for files of no part ("") beside them.
     """
     named = [name for name in parts if name]
     if odd := [name for name in named if name not in PARTS]:
@@ -170,7 +170,7 @@ def pair(parts: list[str], where: str, tree: Tree | None = None) -> list[str]:
 
 
 def parts_of_files(files: list[str], where: str) -> dict[str, list[str]]:
-    """{part: its files}; "" is the part of those whose names say nothing."""
+    """Return {part: its files}; "" is the part of those whose names say nothing."""
     parts, bases = {}, {}
     for file in files:
         names = file.split("/")
@@ -188,7 +188,7 @@ def parts_of_files(files: list[str], where: str) -> dict[str, list[str]]:
 
 
 def _classes(tree: Tree, prefix: str, where: str, notes: list[str]) -> dict[str, list[str]]:
-    """{class: its images, sorted} of the folders below `prefix`."""
+    """Return {class: its images, sorted} of the folders below `prefix`."""
     folders = {}
     for folder in tree:
         if folder.startswith(prefix) and len(folder) > len(prefix):
@@ -210,7 +210,7 @@ def _classes(tree: Tree, prefix: str, where: str, notes: list[str]) -> dict[str,
 
 
 def _check_class_names(folders: dict[str, list[str]], prefix: str, where: str) -> None:
-    """Refuse one class, and folders that read as parts: of each class its folders are given."""
+    """Raise UserError for a single class, and for folders that may be parts. folders: those of each class."""
     alone = len(folders) == 1
     if not alone and all(name.lower() in PARTS for name in folders):
         raise UserError(
@@ -229,13 +229,13 @@ def _check_class_names(folders: dict[str, list[str]], prefix: str, where: str) -
 
 
 def _counted(endings: Counter) -> str:
-    """Such as `16 files (.txt: 16)`."""
+    """Return a text such as `16 files (.txt: 16)`."""
     each = ", ".join(f"{kind or 'no ending'}: {count}" for kind, count in endings.most_common())
     return f"{endings.total()} files ({each})"
 
 
 def _not_images(classes: dict[str, list[str]], others: dict[str, Counter], where: str) -> list[str]:
-    """One line a part: the class with most of such files, and how many there are besides."""
+    """Return one line per part: the class with the most files that are not images, and how many others have."""
     if not any(others.values()):
         return []
     name = max(others, key=lambda name: others[name].total())
@@ -246,7 +246,7 @@ def _not_images(classes: dict[str, list[str]], others: dict[str, Counter], where
 
 
 def _left_out(tree: Tree, parts: list[str], where: str) -> list[str]:
-    """A line on data that lie in no part or, images, in no class folder."""
+    """Return a line on data that lie in no part, and on images that lie in no class folder."""
     stray = Counter()
     for folder, files in tree.items():
         first, _, rest = folder.partition("/")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network sees of an image: a crop, which one resize brings to the network's size, perhaps a flip."""
+"""Choose what the network sees of an image: a crop, which one resize brings to the network's size, perhaps a flip."""
 
 import math
 
@@ -13,21 +13,21 @@ ATTEMPTS = 10
 
 
 def training_view(width: int, height: int, seed: int, min_crop_area: float, horizontal_flip: bool) -> Crop:
-    """A random resized crop (Szegedy et al., arXiv:1409.4842), mirrored half of the time."""
+    """Return a random resized crop (Szegedy et al., arXiv:1409.4842), mirrored half of the time."""
     draws = uniforms(4 * ATTEMPTS + 1, seed)
     return Crop(*random_crop(width, height, min_crop_area, draws), horizontal_flip and draws[-1] < 0.5)
 
 
 def evaluation_view(width: int, height: int, seed: int, eval_crop_ratio: float) -> Crop:
-    """The centred square of `eval_crop_ratio` times the shorter side; 0.875 is resize to 256, then crop 224."""
+    """Return the centred square of `eval_crop_ratio` times the shorter side; 0.875 is resize to 256, then crop 224."""
     side = max(1, round(min(width, height) * eval_crop_ratio))
     left, top = (width - side) // 2, (height - side) // 2
     return Crop(left, top, left + side, top + side)
 
 
 def random_crop(width: int, height: int, min_area: float, draws: np.ndarray) -> Box:
-    """(left, top, right, bottom) of min_area to all of the image, of aspect 3/4 to 4/3; the centre where ten draws
-    do not fit."""
+    """Return (left, top, right, bottom) of min_area to all of the image, of aspect 3/4 to 4/3; the centre where ten
+    draws do not fit."""
     for area, aspect, x, y in draws[: 4 * ATTEMPTS].reshape(ATTEMPTS, 4).tolist():
         pixels = width * height * (min_area + (1 - min_area) * area)
         ratio = math.exp(math.log(4 / 3) * (2 * aspect - 1))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks, each by its paper's name."""
+"""Define networks, each under its paper's name."""

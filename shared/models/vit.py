@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Vision Transformer by its paper's name, with stochastic depth, and weights that depend on the seed
-alone: every strategy starts from the same ones, whichever part of them a process holds."""
+"""Build transformers' Vision Transformer in its papers' sizes, with stochastic depth.
+
+Initial weights depend on the seed alone: every strategy starts from the same ones, whichever part a process holds.
+"""
 
 import hashlib
 import json
@@ -28,7 +30,7 @@ from ..draws import hash64
 from ..errors import UserError, say
 from ..launch import rank
 
-LEAST = "5.17"  # version of transformers from which on its blocks are those below
+LEAST = "5.17"  # the first version of transformers with the blocks used below
 # name: width, blocks, heads, MLP width. Ti to L: Dosovitskiy et al., arXiv:2010.11929, and Touvron et al.,
 # arXiv:2012.12877; H, g and G (1.8 billion parameters, "2B"): Zhai et al., arXiv:2106.04560. demo: ours.
 SIZES = {
@@ -58,7 +60,7 @@ def check_transformers() -> None:
 class DropPathLayer(ViTLayer):
     """A block whose two branches are scaled for each sample: by 0, which skips it, or up (arXiv:1603.09382).
 
-    `recompute`: keep a block's input alone and compute it again in the backward (activation checkpointing).
+    `recompute`: keep only a block's input, and compute the rest again in the backward (activation checkpointing).
     """
 
     recompute = False
@@ -66,9 +68,9 @@ class DropPathLayer(ViTLayer):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, scales: Tensor | None = None
     ) -> Tensor:
-        """hidden_states (B, tokens, width), scales (2, B) or None for 1."""
+        """Apply the block to hidden_states (B, tokens, width); scales (2, B), or None for 1."""
         if self.recompute and self.training:
-            # Nothing in it draws from a random state that would have to be put back.
+            # Nothing in the block draws random numbers: there is no random state to restore.
             return checkpoint(self._branches, hidden_states, scales, use_reentrant=False, preserve_rng_state=False)
         return self._branches(hidden_states, scales)
 
@@ -87,11 +89,11 @@ def _scaled(branch: Tensor, scale: Tensor) -> Tensor:
 
 
 def drop_path_scales(sample_seeds: Tensor, blocks: int, drop_path: float) -> Tensor:
-    """(blocks, 2, B): 0 for the branches that a sample skips, else what keeps their mean; block i drops at a rate of
-    i / (blocks - 1) of drop_path (Huang et al., arXiv:1603.09382).
+    """Return scales (blocks, 2, B): 0 for the branches that a sample skips, else 1 / (1 - rate), which keeps the mean.
 
-    A function of the samples' augmentation seeds (B,) int64, so of run seed, epoch and sample, and of the block: not
-    of the process that holds a sample, nor of how often the forward is computed.
+    Block i drops at the rate drop_path * i / (blocks - 1) (Huang et al., arXiv:1603.09382). The scales depend on the
+    block and on the samples' augmentation seeds (B,) int64, so on run seed, epoch and sample: not on the process that
+    holds a sample, nor on how often the forward is computed.
     """
     device = sample_seeds.device
     streams = torch.arange(1, 2 * blocks + 1, device=device).view(blocks, 2, 1) * _signed(0x9E3779B97F4A7C15)
@@ -109,15 +111,15 @@ class VisionTransformer(ViTForImageClassification):
         assert not dropout(config), "drawn by each process, and not again when a block is recomputed"
 
     def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) float, sample_seeds (B,) int64: the batch's; without them no branch is dropped."""
+        """Return logits of images (B, 3, H, W) float. sample_seeds (B,) int64: the batch's; None drops no branch."""
         x = self.vit.embeddings(images.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype))
         x = run_blocks(self, enumerate(self.vit.layers), x, sample_seeds)
         return self.classifier(self.vit.layernorm(x)[:, 0])
 
 
 def run_blocks(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], x: Tensor, sample_seeds: Tensor | None):
-    """Numbered blocks, one after the other. Their scales are made here, for a number that a block holds as a constant
-    would have torch.compile make another program of each."""
+    """Apply numbered blocks in turn. Their scales are made here: torch.compile would make a program of its own for
+    each block that held its number as a constant."""
     config, scales = model.config, None
     if model.training and config.drop_path and sample_seeds is not None:
         scales = drop_path_scales(sample_seeds, config.num_hidden_layers, config.drop_path)
@@ -127,12 +129,12 @@ def run_blocks(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], x: Ten
 
 
 def dropout(config: ViTConfig) -> dict[str, float]:
-    """The rates above 0, by name. Here DropPath takes their place, which is a function of the sample."""
+    """Return the rates above 0, by name. Here DropPath, which is a function of the sample, replaces dropout."""
     return {name: rate for name, rate in vars(config).items() if "dropout" in name and rate}
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """A float32 in [0, 1) for each int64, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
+    """Return a float32 in [0, 1) for each int64, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         # Masked, since >> of a signed number copies its sign.
         bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
@@ -140,9 +142,9 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def network_sizes(images, config) -> tuple[int, int, int]:
-    """Blocks, heads and MLP width of what a recipe's `--model` or `--pretrained` asks for.
+    """Return blocks, heads and MLP width of the network that a recipe's `--model` or `--pretrained` names.
 
-    Needs no process group: raises UserError for a pretrained network that is not there or is no ViT, and where the
+    Needs no process group. Raises UserError for a pretrained network that is missing or not a ViT, and where the
     patches do not tile the image.
     """
     check_transformers()
@@ -155,7 +157,7 @@ def network_sizes(images, config) -> tuple[int, int, int]:
 
 
 def vit_config(name: str, image_size: int, patch_size: int, num_classes: int, drop_path: float) -> ViTConfig:
-    """Raises UserError where the patches do not tile the image."""
+    """Return transformers' configuration of a size; raises UserError where the patches do not tile the image."""
     _check_patches(image_size, patch_size)
     width, blocks, heads, mlp_width = SIZES[name]
     config = ViTConfig(
@@ -176,8 +178,8 @@ def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill parameters in place, on any device and in any sharding: each is drawn whole from (seed, its name). On the
     meta device there is nothing to fill.
 
-    Matrices, filters and embeddings: normal with standard deviation 0.02, cut at two of them; norms 1, biases 0. Takes
-    the memory of the largest parameter once more. `prefix` limits it to names that begin so.
+    Matrices, filters and embeddings: normal with standard deviation 0.02, truncated at two of them; norms 1, biases 0.
+    Needs memory for a second copy of the largest parameter. prefix: fill only parameters whose names begin with it.
     """
     for name, parameter in model.named_parameters():
         if name.startswith(prefix) and not parameter.is_meta:
@@ -185,7 +187,7 @@ def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The weight, on the CPU in float32, with which this parameter starts."""
+    """Return a parameter's initial value, on the CPU in float32."""
     if len(shape) == 1:
         return torch.full(shape, float("norm" in name and name.endswith("weight")))
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
@@ -199,7 +201,7 @@ def copy_(target: Tensor, value: Tensor) -> None:
     if not isinstance(target, DTensor):
         target.copy_(value)
         return
-    # Called replicated without a check, then cut down to this process's part: nothing is sent.
+    # Declared replicated without a check, then cut down to this process's part: nothing is sent.
     mesh = target.device_mesh
     whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
     target.copy_(whole.redistribute(placements=target.placements))
@@ -209,7 +211,7 @@ def copy_(target: Tensor, value: Tensor) -> None:
 
 
 def find_pretrained(name: str) -> Path:
-    """The folder of `--pretrained`: itself, $DSDIR/HuggingFace_Models/<name>, or a download of this hub id.
+    """Return the folder of `--pretrained`: itself, $DSDIR/HuggingFace_Models/<name>, or a download of this hub id.
 
     Raises UserError with the places that were tried.
     """
@@ -219,7 +221,7 @@ def find_pretrained(name: str) -> Path:
     for folder in tried:
         if (folder / "config.json").is_file():
             return folder
-    import httpx  # of a newer hub's client than the oldest one
+    import httpx  # only newer clients of the hub need it
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
@@ -232,9 +234,9 @@ def find_pretrained(name: str) -> Path:
 
 
 def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: float, seed: int) -> VisionTransformer:
-    """The network of a folder that transformers saved, for images of this size.
+    """Return the network in a folder that transformers saved, for images of this size.
 
-    The position embeddings are interpolated where its images had another size; the head starts anew, from the seed,
+    The position embeddings are interpolated where its images had another size; the head is drawn again, from the seed,
     where it had another number of classes. Under `torch.device("meta")` it has no weights.
     """
     config = _read_config(folder)
@@ -243,8 +245,8 @@ def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: 
         return VisionTransformer(config)
     if (rates := dropout(ViTConfig.from_pretrained(folder))) and rank() == 0:
         given = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        say(f"--pretrained {folder} has {given}: trained here without; see --drop_path", sys.stderr)
-    # Under ZeRO-3 transformers would cut the weights as it reads them; here they are changed first.
+        say(f"--pretrained {folder} has {given}: trained here without dropout; see --drop_path", sys.stderr)
+    # Under ZeRO-3 transformers would shard the weights as it reads them; here they are changed first.
     unset_hf_deepspeed_config()
     former_classes = config.num_labels
     config.num_labels, config.drop_path = num_classes, drop_path
@@ -272,7 +274,7 @@ def _read_config(folder: Path) -> ViTConfig:
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """(1, 1 + n * n, width) to (1, 1 + side * side, width), bicubic (arXiv:2010.11929, section 3.2)."""
+    """Interpolate (1, 1 + n * n, width) to (1, 1 + side * side, width), bicubic (arXiv:2010.11929, section 3.2)."""
     former = math.isqrt(positions.shape[1] - 1)
     if former == side:
         return positions
@@ -282,7 +284,7 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def pixel_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation, of [0, 255], that the folder's image processor names; None where it has none."""
+    """Return mean and standard deviation, in [0, 255], of the folder's image processor; None where it has none."""
     if not (folder / PREPROCESSOR).is_file():
         return None
     processor = json.loads((folder / PREPROCESSOR).read_text())
@@ -292,9 +294,9 @@ def pixel_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
 def _check_patches(image_size: int, patch_size: int) -> None:
     if image_size % patch_size:
         near = image_size // patch_size * patch_size or patch_size
-        raise UserError(f"--image_size {image_size} is no multiple of the patch size {patch_size}. Give {near}.")
+        raise UserError(f"--image_size {image_size} is not a multiple of the patch size {patch_size}. Give {near}.")
 
 
 def _signed(bits: int) -> int:
-    """The int64 with these 64 bits: torch's products of int64 wrap around as unsigned ones do."""
+    """Return the int64 with these 64 bits: torch's products of int64 wrap around as unsigned ones do."""
     return bits - (1 << 64) if bits >> 63 else bits

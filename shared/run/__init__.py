@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: its folder, its position, its record and what ends it."""
+"""Keep a run's folder, its position and its record, and end it."""
 
 from .run import Run
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run's folder, of which one process writes and which may be cut off at any byte."""
+"""Lock, read and write the files of a run's folder, each of which a kill may cut off at any byte."""
 
 import contextlib
 import errno
@@ -18,26 +18,26 @@ from filelock import FileLock, Timeout
 from ..checkpoint import checkpoint_to_resume, checkpoints, put_aside, read_manifest
 from ..config import RunConfig
 from ..errors import UserError, job_folder, say, tell_job
-from ..files import parse_object, read_json, replace_text, take_lock, to_disk
+from ..files import replace_text, take_lock, to_disk
 from .identity import refuse_other_values
 
-LOCK_SECONDS = 60  # a requeued job may start while the former one still ends
+LOCK_SECONDS = 60  # a requeued job may start while the previous one is still ending
 
 
 class Claim(NamedTuple):
-    """The findings of a start in the folder that it holds."""
+    """A start's findings in the folder that it has locked."""
 
     checkpoint: Path | None  # to resume from; None for a fresh start
-    former: dict  # the former start's summary.json
-    begun_from: str | None  # the path that --resume_from_checkpoint once gave
+    former: dict  # the previous start's summary.json
+    begun_from: str | None  # the path from which --resume_from_checkpoint began this run
 
     def finished(self, last_step: int) -> bool:
-        """Return whether a former start has come as far as this one would."""
+        """Return whether a previous start has already finished the steps of this one."""
         return self.former.get("status") == "finished" and self.former["steps"] >= last_step
 
 
 class Folder:
-    """A run's folder, which one process of one run at a time writes. Every process makes one; rank 0 claims it."""
+    """A run's folder, written by one process of one run at a time. Every process makes one; rank 0 claims it."""
 
     def __init__(self, path: Path):
         self.path, self.checkpoints = path, path / "checkpoints"
@@ -46,7 +46,7 @@ class Folder:
     def claim(self, run_config: RunConfig, identity: dict) -> Claim:
         """Lock the folder and find what to resume.
 
-        Raises UserError where the folder is in use, or is of another run, before anything in it has changed.
+        Raises UserError, before anything in the folder changes, where it is in use or belongs to another run.
         """
         wait_for_preflight()
         with self.writing():
@@ -68,14 +68,14 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn an OSError within it into a UserError: for the start, when that costs nothing."""
+        """Turn an OSError within the block into a UserError: for the start of a run, when nothing is lost yet."""
         try:
             yield
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}. Give another --output_dir.") from error
 
     def go_back(self, checkpoint: Path, metrics: "MetricsFile") -> list[dict]:
-        """Rename the checkpoints past this one, drop the lines past it, and return the others."""
+        """Quarantine the checkpoints past this one, drop the lines past it, and return the other lines."""
         with self.writing():
             put_aside(self.checkpoints, checkpoint)
             return metrics.drop_after(read_manifest(checkpoint)["step"])
@@ -86,7 +86,8 @@ class Folder:
 
 
 def wait_for_preflight() -> None:
-    """Wait for slurm/launch.sh, which makes it meanwhile for plain sbatch; raises UserError where it refuses."""
+    """Wait for the preflight that slurm/launch.sh runs beside a plain sbatch job; raises UserError where it
+    refuses."""
     folder = job_folder()
     while folder and (folder / "unchecked").exists():
         time.sleep(0.1)
@@ -95,7 +96,7 @@ def wait_for_preflight() -> None:
 
 
 def lock(folder: Path) -> FileLock:
-    """One run per folder; raises UserError where another one stays there."""
+    """Lock the folder for one run; raises UserError where another one still holds it after LOCK_SECONDS."""
     holder = read_json(folder / "summary.json")
     use = f"{folder} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
     try:
@@ -105,14 +106,14 @@ def lock(folder: Path) -> FileLock:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line, each once and in its place, whatever the disk has room for."""
+    """The file metrics.jsonl: one object per line, each once and in order, even if the disk was full for a while."""
 
     def __init__(self, path: Path):
         self.path = path
         self.unwritten, self.bytes = [], 0  # lines that wait for room; size without them
 
     def drop_after(self, step: int) -> list[dict]:
-        """Drop what a resume makes again, and a partial last line; return the others."""
+        """Drop the lines past a step, which a resume writes again, and a partial line; return the others."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = [line for line in map(parse_object, lines) if line.get("step", math.inf) <= step]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -120,7 +121,7 @@ class MetricsFile:
         return kept
 
     def append(self, line: dict) -> None:
-        """Raises OSError where there is no room; the line is then written with the next one that finds some."""
+        """Append a line; raises OSError where the disk is full, and writes it with the next line that fits."""
         self.unwritten.append(json.dumps(line) + "\n")
         self.write()
 
@@ -128,12 +129,26 @@ class MetricsFile:
         data = "".join(self.unwritten).encode()
         with open(self.path, "ab", buffering=0) as file:
             if file.tell() > self.bytes:
-                file.truncate(self.bytes)  # a part, of what did not fit
+                file.truncate(self.bytes)  # a partial line, which did not fit
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.bytes, self.unwritten = self.bytes + len(data), []
 
     def to_disk(self) -> None:
-        """Before a checkpoint that lies past these lines; raises OSError."""
+        """Flush these lines to the disk, before a checkpoint past them is written; raises OSError."""
         self.write()
         to_disk(self.path)
+
+
+def read_json(path: Path) -> dict:
+    """Return the file's object; {} where it is missing or was cut off by a power failure: each start writes it
+    again."""
+    return parse_object(path.read_text(errors="replace")) if path.exists() else {}
+
+
+def parse_object(text: str) -> dict:
+    """Return the object in a line; {} where the line is partial."""
+    with contextlib.suppress(json.JSONDecodeError):
+        values = json.loads(text)
+        return values if isinstance(values, dict) else {}
+    return {}

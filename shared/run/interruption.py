@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End a run before its time: by a signal, a STOP file or a deadline; all processes leave at the same step."""
+"""End a run early, on a signal, a STOP file or a deadline; all processes stop after the same step."""
 
 import contextlib
 import os
@@ -15,35 +15,35 @@ from ..launch import under_torchrun
 from ..lifetime import SIGNALS
 
 REASONS = ("", "signal", "stop_file", "deadline")  # in summary.json
-CHECK_SECONDS = 1.0  # between two agreements; a message costs up to 0.8 ms, and a step is to wait for 0.1 % at most
+CHECK_SECONDS = 1.0  # between two agreements: a message costs up to 0.8 ms, and may take 0.1 % of the time
 WATCH_SECONDS = 1.0  # between two looks at the STOP file, which lies on a parallel file system
-# Seconds before a job's end that its launcher and Slurm keep for themselves. The first save, which nothing has
-# measured yet, has them too: 12 GB at 200 MB/s.
+# Seconds before a job's end, for its launcher and Slurm. They also cover the first save, whose duration is not known
+# yet: 12 GB at 200 MB/s.
 MARGIN = 60
 
 
 class Interruption:
-    """Each process notes what it alone can see; `agreed` gives all of them the same answer at the same step.
+    """The reasons to stop: each process notes what it alone can see; `agreed` answers alike on all at the same step.
 
-    A handler only sets a flag, so that no signal, nor a second one, can harm a save. The processes exchange one small
-    message through gloo about every CHECK_SECONDS; it travels while they train, and is read a step later.
+    A signal handler only sets a flag, so that no signal, nor a second one, can damage a save. The processes exchange
+    one small message through gloo about every CHECK_SECONDS; it travels while they train, and is read a step later.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, time_limit: float):
         """time_limit: seconds from now; 0 is the end of Slurm's job, where there is one."""
         self.stop_file = folder / "STOP"
-        self.job_stop_file = (job_folder() or folder) / "STOP"  # slurm/launch.sh's, for a signal; new in each start
-        self.watches, self.watched = accelerator.is_main_process, 0.0  # the file and the clock; when it last did
+        self.job_stop_file = (job_folder() or folder) / "STOP"  # slurm/launch.sh makes it on a signal
+        self.watches, self.watched = accelerator.is_main_process, 0.0  # files and clock; when it last did
         self.seen, self.steps_between, self.next_check = 0, 1, 0
-        self.asked: tuple[float, int] | None = None  # when, and after which step
+        self.asked: tuple[float, int] | None = None  # when the last message was sent, and after which step
         self.reserve = 0.0  # seconds that a save and an evaluation took, at most
         self.deadline = _deadline(time_limit) if self.watches else 0
-        # A group of its own: no other message may come between.
+        # A group of its own, so that no other message comes in between.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.flags = torch.zeros(2, dtype=torch.float64)
         self.message = None
         if self.watches:
-            self.stop_file.unlink(missing_ok=True)  # it was meant for a former start
+            self.stop_file.unlink(missing_ok=True)  # it was meant for a previous start
         # torchrun handles SIGHUP even under nohup: it passes the signal to its workers, and kills them 30 s later.
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not under_torchrun()
         for number in SIGNALS:
@@ -51,7 +51,7 @@ class Interruption:
                 signal.signal(number, self._note_signal)
 
     def note(self, reason: str) -> None:
-        """To be agreed on; of several reasons the last one of the list wins."""
+        """Note a reason to agree on; of several, the last one in REASONS wins."""
         self.seen = max(self.seen, REASONS.index(reason))
 
     def _note_signal(self, number: int, frame) -> None:
@@ -74,12 +74,14 @@ class Interruption:
             self.note("deadline")
 
     def noted(self) -> str:
-        """The reason to stop that this process can see, or an empty string; for who waits between two steps."""
+        """Return the reason to stop that this process can see, or an empty string; for a loader that waits between
+        steps."""
         self._watch()
         return REASONS[self.seen]
 
     def agreed(self, step: int) -> str:
-        """The reason to stop after this step, or an empty string; every process must call it after every step."""
+        """Return the reason to stop after this step, or an empty string; every process must call it after every
+        step."""
         if self.watches:
             self._watch()
         if self.group is None:
@@ -116,11 +118,14 @@ class Interruption:
 
 
 def _deadline(time_limit: float) -> float:
-    """In Unix time; 0 is none. A shell may keep the end of a job that is over; a job without a limit has no number."""
+    """Return the deadline in Unix time, 0 for none.
+
+    A shell may keep the SLURM_JOB_END_TIME of a job that is over; in a job without a limit it is not a number.
+    """
     if time_limit:
         return time.time() + time_limit
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     end = int(text) if text.isdecimal() else 0
-    # slurm/launch.sh has looked at it; a process that starts slowly may find that it has just passed.
+    # slurm/launch.sh has checked it in a job: it may have passed only while this process was starting.
     ours = job_folder() or ("SLURM_JOB_ID" in os.environ and end > time.time())
     return end - MARGIN if end and ours else 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the lines that a step and an evaluation get in metrics.jsonl, beside the bar and on the terminal."""
+"""Write the lines of steps and evaluations: to metrics.jsonl, beside the bar and on the terminal."""
 
 import math
 
@@ -17,7 +17,7 @@ from .tally import Tally
 
 
 class Lines:
-    """The measurements of a run, line by line. Refuses a share of rejected samples that is too large."""
+    """A run's measurements, line by line. Raises UserError where the share of rejected samples is too large."""
 
     def __init__(self, accelerator: Accelerator, log: Log, loader: Loader, metric: Metric, unit: str, config):
         self.accelerator, self.log, self.loader, self.metric = accelerator, log, loader, metric
@@ -27,7 +27,7 @@ class Lines:
     def add_step(
         self, position: Position, tally: Tally, ledger: Ledger, learning_rate: float, grad_norm: Tensor | float
     ) -> None:
-        """Log the step that was done last; every process must call it."""
+        """Log the last step; every process must call it."""
         norm = whole(grad_norm).item()
         loss, digest, wait, rejected = tally.over_all(self.accelerator, ledger.wait_seconds)
         speed = ledger.close_window(self.batch, wait / data_parallel(self.accelerator)[1])
@@ -50,12 +50,13 @@ class Lines:
         self.log.show(loss=f"{loss:.4f}", **self.headline(), **rate)
 
     def end_epoch(self, position: Position, tally: Tally) -> None:
-        """Look at the epoch's rejected samples, before their count is dropped, where the last step gets no line."""
+        """Check the epoch's rejected samples before their count is reset, where its last step gets no line."""
         (rejected,) = all_reduce_sum(self.accelerator, [tally.rejected])
         self.loader.check_rejected(int(rejected), position.epoch_steps * self.batch)
 
     def add_evaluation(self, position: Position, ledger: Ledger, result: dict[str, float]) -> None:
-        """result: the metric, eval_loss, eval_samples and, where there are some, rejected ones."""
+        """Log an evaluation. result: the metric, eval_loss, eval_samples and, if any, the number of rejected
+        samples."""
         self.evaluation = {"step": position.step, "epoch": position.epoch, **result}
         rejected = result.get(f"eval_{self.loader.rejects}", 0)
         self.loader.check_rejected(rejected, rejected + result["eval_samples"])
@@ -68,20 +69,20 @@ class Lines:
         )
 
     def measured_at(self, step: int) -> dict:
-        """Return what a checkpoint of this step says of its evaluation."""
+        """Return the evaluation's part of the manifest of this step's checkpoint."""
         value = self.evaluation.get(self.metric.name) if self.evaluation.get("step") == step else None
         return {self.metric.name: value, "metric": self.metric.name, "higher_is_better": self.metric.higher_is_better}
 
     def resume(self, lines: list[dict]) -> None:
-        """Take the last evaluation from a former start's lines."""
+        """Take the last evaluation from a previous start's lines."""
         self.evaluation = next((line for line in reversed(lines) if self.metric.name in line), {})
         self.log.show(**self.headline())
 
     def headline(self) -> dict[str, str]:
-        """Return the last evaluation's metric as a person reads it; nothing where there was none."""
+        """Return the last evaluation's metric, formatted for people; {} before the first evaluation."""
         return {self.metric.name: self.metric.text(self.evaluation[self.metric.name])} if self.evaluation else {}
 
 
 def _number(value: float) -> float | None:
-    """JSON has neither nan nor inf."""
+    """Return the value, or None for nan and inf, which JSON does not have."""
     return value if math.isfinite(value) else None

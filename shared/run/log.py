@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a run does: lines of metrics.jsonl, the trackers, the bar and the terminal."""
+"""Write what a run reports: to metrics.jsonl, the trackers, the progress bar and the terminal."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from .folder import MetricsFile
 
 
 class Log:
-    """The places to which a run's lines go. Every process makes one; rank 0 alone writes."""
+    """The outputs of a run's lines. Every process makes one; only rank 0 writes."""
 
     def __init__(self, accelerator: Accelerator, folder: Path):
         self.accelerator, self.folder = accelerator, folder
@@ -24,9 +24,9 @@ class Log:
         self.shown: dict[str, str] = {}  # beside the bar
 
     def open(self, trackers: list[str], values: dict, last_step: int) -> None:
-        """Start trackers and bar. values: the run's identity, for the trackers' tables of hyper-parameters."""
+        """Start the trackers and the bar. values: the run's identity, for the trackers' tables of hyper-parameters."""
         os.environ.setdefault("WANDB_MODE", "offline")
-        # Files, not SQLite: the client alone has no database, and a parallel file system is no place for one.
+        # Files, not SQLite: MLflow's client has no database, and a parallel file system does not suit one.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         os.environ.setdefault("MLFLOW_TRACKING_URI", (self.folder / "mlflow").resolve().as_uri())
         self.accelerator.project_configuration.set_directories(str(self.folder))
@@ -38,7 +38,7 @@ class Log:
         self.bar = tqdm(total=last_step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def begin_at(self, step: int) -> None:
-        """Show the bar from this step on: those before are no steps of this start, for its rate."""
+        """Start the bar at this step: its rate must not count the steps of previous starts."""
         self.bar.initial = self.bar.n = self.bar.last_print_n = step
 
     def write(self, line: dict) -> None:
@@ -51,21 +51,21 @@ class Log:
             try:
                 self.accelerator.log(numbers, step=line["step"])
             except OSError:
-                self.accelerator.trackers = []  # they would fail ever after
+                self.accelerator.trackers = []  # they would fail on every later line
                 raise
 
     @contextlib.contextmanager
     def bearing(self, name: str) -> Iterator[None]:
-        """Within it, what cannot be written is said once, and the training continues."""
+        """Continue the training where the block cannot write, and warn once per name."""
         try:
             yield
         except OSError as error:
             if name not in self.warned:
-                self.say(f"warning: {name} cannot be written: {error.strerror or error}; training goes on")
+                self.say(f"warning: {name} cannot be written: {error.strerror or error}; training continues")
             self.warned.add(name)
 
     def show(self, **values: str) -> None:
-        """Beside the bar, with what was shown before."""
+        """Show these values beside the bar, with those shown before."""
         self.shown |= values
         self.bar.set_postfix(self.shown, refresh=False)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide what a step does whose loss or gradient is not finite, and name its samples.
+"""Handle a step whose loss or gradient is not finite, and name its samples.
 
-A loss that is not finite makes, by the loop's factor `1 + 0 * loss.detach()`, every gradient so, and the reduction
-carries it to every process: all see the same norm, and agree without a message.
+The loop multiplies the loss by `1 + 0 * loss.detach()`, so that a loss that is not finite makes every gradient not
+finite, and the reduction carries this to every process: all see the same norm, and agree without a message.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from .folder import Folder
 
 
 class Step(NamedTuple):
-    """A step whose gradient's norm is known on the device, and is on its way to the host."""
+    """A step whose gradient norm is being copied from the device to the host."""
 
     number: int
     norm: Tensor  # a scalar on the host, in pinned memory
@@ -44,7 +44,7 @@ class NonFinite:
         self.noted: list[Step] = []  # oldest first
 
     def note(self, number: int, grad_norm: Tensor | float, losses: list[Tensor], samples: list[Tensor]) -> None:
-        """Let the norm cross to the host while the device computes."""
+        """Start copying the norm to the host while the device computes."""
         norm, arrived = whole(grad_norm), None
         if norm.is_cuda:
             norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, non_blocking=True)
@@ -53,13 +53,13 @@ class NonFinite:
         self.noted.append(Step(number, norm, arrived, losses, samples))
 
     def skips_update(self) -> bool:
-        """Return whether the step noted last is to have no update. fp16's scaler decides by itself."""
+        """Return whether to skip the update of the step noted last. Under fp16 the gradient scaler decides instead."""
         return self.policy == "skip" and mixed_precision() != "fp16" and not self.noted[-1].is_finite()
 
     def check(self, but_last: bool = False) -> None:
-        """Under `stop`, raise UserError for a noted step that was not finite; every process must call it.
+        """Raise UserError, under `stop`, for a noted step that was not finite; every process must call it.
 
-        but_last: leave out the step noted last, for which the device would have to be waited for.
+        but_last: leave out the step noted last, whose norm may still be on its way from the device.
         """
         for step in self.noted[:-1] if but_last else self.noted:
             if self.policy == "stop" and not step.is_finite() and not self._scaler_skips():
@@ -67,13 +67,14 @@ class NonFinite:
         self.noted = self.noted[-1:]
 
     def _scaler_skips(self) -> bool:
-        """Under fp16 the gradient scaler leaves such a step out itself, when the optimizer's is called, and halves its
-        scale. A scale below 1 means that it is not the scale."""
+        """Return whether fp16's gradient scaler skips such a step itself, and halves its scale. A scale below 1
+        means that the scale is not the cause."""
         scaler = self.accelerator.scaler
         return mixed_precision() == "fp16" and (scaler is None or scaler.get_scale() >= 1)
 
     def stop(self, step: Step) -> None:
-        """Raise UserError that names the step, its samples and the way back; every process must call it."""
+        """Raise UserError that names the step, its samples and the last good checkpoint; every process must call
+        it."""
         mine = {
             "rank": self.accelerator.process_index,
             "losses": [str(loss.item()) for loss in step.losses],
@@ -98,7 +99,7 @@ class NonFinite:
 
 
 def whole(norm: Tensor | float) -> Tensor:
-    """Return the gradient's norm as one plain scalar; DeepSpeed gives a number."""
+    """Return the gradient norm as one plain tensor, whether it is a DTensor or, from DeepSpeed, a number."""
     return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep the ledger of a start's time: what was spent in training steps, on waits for data, in evaluations."""
+"""Measure a start's time: in training steps, in waits for data and in evaluations."""
 
 import time
 
 
 class Ledger:
-    """Training time is that from the end of one step to the end of the next, less saves and evaluations between them.
+    """A start's times. Training time runs from the end of one step to the end of the next, less saves and evaluations.
 
-    A start's first step has none: it waits for the first batch, compiles and tunes kernels.
+    The first step of a start does not count: it waits for the first batch, compiles and tunes kernels.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Ledger:
         self.evaluation_seconds, self.step_end = max(self.evaluation_seconds, now - self.step_end), now
 
     def close_window(self, batch: int, wait_seconds: float) -> dict[str, float]:
-        """Return the speed since the last line, and begin the next window; nothing where there were no steps.
+        """Return the speed since the last line, and begin the next window; {} where no step was done.
 
         wait_seconds: the mean over the data-parallel processes.
         """
@@ -46,9 +46,9 @@ class Ledger:
         return {"samples_per_second": rate, "data_wait_fraction": round(wait_seconds / seconds, 4)}
 
     def rate(self, batch: int) -> float:
-        """Samples a second over the training time of this start, 0 before its second step."""
+        """Return samples per second over this start's training time, 0 before its second step."""
         return self.train_steps * batch / max(self.train_seconds, 1e-9)
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self.launched

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trace the last training steps before the first evaluation and that one's first batches, for --profile."""
+"""Trace, for --profile, the last training steps before the first evaluation, and its first batches."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ TRACED = 3  # training steps, and evaluation batches, in the trace
 
 @contextlib.contextmanager
 def tracing(run, evaluation_batches: int) -> Iterator[None]:
-    """Set a Run's `profiler` within it, whose `step` the loops call; say where the trace is."""
+    """Set the Run's `profiler`, whose `step` the loops call, within the block; then say where the trace is."""
     traced, window = schedule(run, evaluation_batches)
     folder = str(run.folder / "profile")
     with run.accelerator.profile(ProfileKwargs(schedule_option=window, output_trace_dir=folder)) as run.profiler:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run, as a recipe's loop sees it: a facade over parts that each have one subject."""
+"""Give a recipe's loop one object, `Run`: a facade over parts that each have one subject."""
 
 import math
 import time
@@ -31,10 +31,10 @@ from .tally import Tally
 
 
 class Run(Position):
-    """One training's position and folder. Every process makes one and calls every method; rank 0 alone writes.
+    """A training's position and folder. Every process makes one and calls every method; only rank 0 writes.
 
-    Making it claims the folder, refuses the configuration of another run by name, and finds what to resume:
-    `checkpoint` (None for a fresh start). Raises UserError before anything in the folder has changed.
+    The constructor locks the folder, refuses another run's configuration, and finds what to resume: `checkpoint` (None
+    for a fresh start). It raises UserError before anything in the folder has changed.
     """
 
     def __init__(
@@ -74,32 +74,32 @@ class Run(Position):
         train_loader.noted = eval_loader.noted = self.interruption.noted
 
     def observe(self, batch: Batch, loss: Tensor) -> None:
-        """Count one micro-batch; loss is this process's share of the step's, a scalar on the device."""
+        """Count one micro-batch. loss: this process's share of the step's loss, a scalar on the device."""
         self.tally.add(batch, loss)
         self.ledger.wait_seconds += batch.wait_seconds
 
     def skips(self, grad_norm: Tensor | float) -> bool:
-        """Return whether the step is to have no update: never under `--on_nonfinite stop`. `skip` waits for it.
+        """Return whether to skip this step's update: never under `--on_nonfinite stop`. `skip` waits for the device.
 
-        Call it once a step, on every process: `check_finite` reads what it notes.
+        Call it once per step, on every process: `check_finite` reads what it notes.
         """
         self.nonfinite.note(self.step + 1, grad_norm, self.tally.losses, self.tally.samples)
         return self.nonfinite.skips_update()
 
     def check_finite(self) -> None:
-        """Raise UserError, on every process, where the step before the last one was not finite: the last one's norm
-        is still on its way from the device."""
+        """Raise UserError, on every process, where the step before the last one was not finite. The last step's
+        norm is still on its way from the device."""
         self.nonfinite.check(but_last=True)
 
     def stop(self) -> None:
-        """Raise UserError for the step that is being computed: its loss is not finite on some process."""
+        """Raise UserError for the step being computed, whose loss is not finite on some process."""
         self.nonfinite.note(self.step + 1, math.nan, self.tally.losses, self.tally.samples)
         self.nonfinite.check()
 
     def end_step(self, learning_rate: float, grad_norm: Tensor | float) -> None:
-        """A global batch is done: every logging_steps a line goes to metrics.jsonl, the trackers and the bar.
+        """Count a finished global batch; every logging_steps, log it to metrics.jsonl, the trackers and the bar.
 
-        grad_norm is the norm before clipping.
+        grad_norm: the norm before clipping.
         """
         logged, first = self.will_log, self.step == self.first_step
         if logged or first:
@@ -119,17 +119,17 @@ class Run(Position):
             self.interrupted = reason
 
     def log_evaluation(self, result: dict[str, float]) -> None:
-        """Record the metric, eval_loss and eval_samples after this step; also say them in a line."""
+        """Record the metric, eval_loss and eval_samples after this step, and print them in one line."""
         self.nonfinite.check()
         self.ledger.end_evaluation()
         self.lines.add_evaluation(self, self.ledger, result)
         self.summary.write("running")
 
     def save(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: dict | None = None) -> None:
-        """Write a checkpoint of this step; loader is a loader's state, the same on every process.
+        """Write a checkpoint of this step. loader: the state of a loader, the same on every process.
 
-        What goes wrong with one within the run is said, and the next one is tried. Raises UserError at the run's end,
-        and for a step that was not finite.
+        Within the run a failed save is only a warning, and the next one is tried. Raises UserError for a failed save
+        at the run's end, and for a step that was not finite.
         """
         begin = time.perf_counter()
         self.nonfinite.check()
@@ -140,7 +140,7 @@ class Run(Position):
         self.ledger.end_save(time.perf_counter() - begin)
 
     def resume(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Load the checkpoint. What lies past it is dropped from metrics.jsonl, and its checkpoints are renamed."""
+        """Load the checkpoint; drop later lines from metrics.jsonl, and quarantine later checkpoints."""
         state = load_checkpoint(self.checkpoint, self.accelerator, model, optimizer, scheduler)
         self.step = self.first_step = self.saves.saved_step = state["step"]
         self.tally.rejected = state["rejected"] if data_parallel(self.accelerator)[0] == 0 else 0
@@ -151,13 +151,13 @@ class Run(Position):
             self.say(line)
 
     def profiling(self, evaluation_batches: int) -> AbstractContextManager:
-        """With --profile: trace the last training steps before the first evaluation and that one's first batches."""
+        """Trace, with --profile, the last training steps before the first evaluation, and its first batches."""
         return profile.tracing(self, evaluation_batches) if self.traced and not self.finished else nullcontext()
 
     def finish(self) -> None:
-        """Write summary.json, unless a former start has; say the result and where everything is.
+        """Write summary.json, unless a previous start has; print the result and where the files are.
 
-        Raises UserError where the run was interrupted and has no checkpoint of it: it is not one to resume.
+        Raises UserError where the run was interrupted without a checkpoint of its last step: it cannot be resumed.
         """
         if not self.finished:
             self.nonfinite.check()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write config.json and summary.json; say at the start what a run trains on, and at the end what came out."""
+"""Write config.json and summary.json; print what a run trains on at its start, and the result at its end."""
 
 import os
 import resource
@@ -11,21 +11,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..checkpoint.origin import versions
+from ..checkpoint.origin import source, versions
 from ..collectives import data_parallel
 from ..contracts import Description
 from ..errors import say
-from ..files import read_json, write_json
+from ..files import write_json
 from ..launch import launcher_variables, strategy
-from .folder import Claim, Folder
-from .identity import git_commit
+from .folder import Claim, Folder, read_json
 from .lines import Lines
 from .phases import Ledger
 from .position import Position
 
 
 class Summary:
-    """The words of a start on itself: first lines, config.json, summary.json, last lines."""
+    """A start's reports: its first lines, config.json, summary.json and its last lines."""
 
     def __init__(
         self, accelerator: Accelerator, position: Position, files: Folder, ledger: Ledger, lines: Lines, claim: Claim
@@ -36,23 +35,23 @@ class Summary:
         self.is_resumed = claim.checkpoint is not None
 
     def opening_lines(self, train: Description, held_out: Description, config) -> list[str]:
-        """Return what the run trains on, how a batch is made, and how many steps there are."""
+        """Return lines on the data, the batch and the number of steps."""
         batch, parts = config.global_batch_size, config.gradient_accumulation_steps
         size = data_parallel(self.accelerator)[1]
         left_out = train.samples - self.position.epoch_steps * batch
-        rest = f"; an epoch leaves out {left_out:,} {train.unit}, no whole batch" if left_out else ""
+        rest = f"; an epoch leaves out {left_out:,} {train.unit}, less than a batch" if left_out else ""
         return [
             f"training: {train.summary}",
             f"held out: {held_out.summary}",
             train.notes[0] + rest,
             *train.notes[1:],
-            f"global batch {batch} = {size} (data-parallel processes) x {batch // size // parts} ({train.unit}) x "
-            f"{parts} (accumulation); "
-            f"{config.epochs} epochs x {self.position.epoch_steps} steps = {self.position.total_steps} steps",
+            f"batch: {batch} = {size} (data-parallel) x {batch // size // parts} ({train.unit}) x {parts} "
+            "(accumulation)",
+            f"steps: {self.position.total_steps} = {config.epochs} epochs x {self.position.epoch_steps}",
         ]
 
     def begin(self, configs: tuple, identity: dict, record: dict) -> None:
-        """Rank 0: write what the folder says of this start, before its first step. record: a loader's."""
+        """Write config.json and summary.json, on rank 0, before the first step. record: the loader's values for it."""
         if line := self.lines.loader.compare(read_json(self.files.path / "config.json")):
             say(line, sys.stderr)
         names = ("run_config", "data_config", "config")
@@ -65,7 +64,7 @@ class Summary:
         self.write("running")
 
     def write(self, status: str, **more: str) -> None:
-        """Rank 0: write summary.json."""
+        """Write summary.json, on rank 0."""
         if not self.accelerator.is_main_process:
             return
         position, batch, metric = self.position, self.lines.batch, self.lines.metric.name
@@ -93,7 +92,7 @@ class Summary:
         self.write("finished", stop_reason="epochs" if whole else "max_steps")
 
     def show(self, already: bool) -> None:
-        """Say the result from summary.json, and where the files are. already: a former start had finished."""
+        """Print the result from summary.json, and where the files are. already: a previous start had finished."""
         if not self.accelerator.is_main_process:
             return  # the file may not be written yet
         position, folder = self.position, self.files.path
@@ -110,17 +109,17 @@ class Summary:
             if (folder / name).exists():
                 self.log.say(f"  {folder / name}")
         if already:
-            self.log.say(f"To start afresh: rm -r {folder}, or give another --output_dir or --seed.")
+            self.log.say(f"To start again: rm -r {folder}, or give another --output_dir or --seed.")
 
 
 def _environment(accelerator: Accelerator) -> dict:
-    """Return, for config.json, what the run was launched with and runs on."""
+    """Return, for config.json, the command, the versions, the launcher's settings and the hardware."""
     on_gpu = accelerator.device.type == "cuda"
     names = accelerator.mesh.mesh_dim_names if accelerator.mesh else ()
     return {
         "command": [sys.executable, *sys.argv],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
+        "source": source(),
         "versions": versions(),
         "launcher": launcher_variables(),
         "strategy": strategy(),
@@ -135,7 +134,7 @@ def _environment(accelerator: Accelerator) -> dict:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the allocator on a GPU, of this process on a CPU."""
+    """Return the peak memory in bytes: the allocator's on a GPU, this process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

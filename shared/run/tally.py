@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Add up what a step's micro-batches bring, on this process and over all."""
+"""Sum the losses and samples of a step's micro-batches, on this process and over all."""
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ class Tally:
         self.rejected += len(batch.rejected)
 
     def loss(self) -> float:
-        """This process's share of the step's loss; waits for the device."""
+        """Return this process's share of the step's loss; waits for the device."""
         return torch.stack(self.losses).sum().item()
 
     def over_all(self, accelerator: Accelerator, wait_seconds: float) -> tuple[float, str, float, int]:

@@ -11,107 +11,25 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHORT, Result, add_made_up_machine, blocks, environment, train
+from conftest import ROOT, Result, add_made_up_machine, blocks, train
 
 from shared.run.interruption import WATCH_SECONDS
-from slurm.cluster import ENDED, NODES, Cluster, Job, wait_for
+from slurm.cluster import NODES, wait_for
+from slurm.jobs import FLAGS, LEFT, ODD, OPTIONS, TASKS, Jobs, two_pythons
 
 MACHINES = tomllib.loads((ROOT / "slurm/machines.toml").read_text())
-FLAGS = [*SHORT, "--data", "digits", "--num_workers", "0", "--checkpointing_steps", "4"]
-ODD = 'it\'s "a run" of  * two'  # a folder's name that every shell on the way would like to change
-OPTIONS = ["--account=project@h100", "--time=30"]
-
-# Into a copy of vit.py: what a process sees, a pace that a test sets while it runs, and a failure.
-HEAD = """
-import os, pathlib, resource, time
-seen = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURMD_NODENAME", "WANDB_MODE")]
-print(" ".join(map(str, ["process", *seen])))  # in one write: torchrun puts its prefix before each
-others = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
-others = [os.environ.get(name) for name in (*others, "TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "MASTER_ADDR")]
-print(" ".join(map(str, ["others", *others])))
-more = ("SLURM_NTASKS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "SLURM_CPU_BIND", "TORCH_EXTENSIONS_DIR")
-more = [*map(os.environ.get, more), resource.getrlimit(resource.RLIMIT_NOFILE)]
-print(" ".join(map(str, ["more", *more])))
-if seen[0] == os.environ.get("FAIL_EARLY", "none"):
-    import no_such_library
-
-
-def pace(step):
-    while (pathlib.Path(__file__).parent / f"stop-at-{step}").exists():
-        if seen[0] == "0":
-            (pathlib.Path(__file__).parent / f"stopped-at-{step}").touch()
-        time.sleep(0.1)
-    if (seen[0], str(step)) == (os.environ.get("FAIL_ON"), "2"):
-        raise RuntimeError("planted failure")
-"""
 
 
 @pytest.fixture(scope="module")
-def local(runs) -> Result:
-    """What all of these jobs compute, on one process without Slurm."""
-    return train(runs / "local", *FLAGS, recipe=ROOT / "recipes/vit.py")
-
-
-class Jobs:
-    """Submits copies of recipes/vit.py that lie, with their runs, in a folder that knows nothing of the project."""
-
-    def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.folder = cluster, folder
-        self.recipe = folder / "my recipe.py"
-        text = (ROOT / "recipes/vit.py").read_text()
-        text = text.replace("\nfrom dataclasses import", f"{HEAD}\nfrom dataclasses import", 1)
-        observed = "            run.observe(batch, loss)\n"
-        assert text.count(observed) == 1
-        self.recipe.write_text(text.replace(observed, f"{observed}            pace(run.step)\n"))
-
-    def submit(
-        self, name: str, *options: str, flags: tuple = (), strategy: str = "ddp", machine: str = "h100", **variables
-    ) -> Job:
-        words = ["sbatch", *OPTIONS, *options, str(ROOT / f"slurm/{machine}.slurm"), strategy, self.recipe.name]
-        variables = {**self.variables, "RECIPES_PREFLIGHT": "off", **variables}
-        return self.cluster.sbatch(*words, *self.flags(name), *flags, cwd=self.folder, **variables)
-
-    # Fake nodes have no GPUs, no bf16 to compare losses in, and names that do not resolve.
-    variables = {  # noqa: RUF012
-        "RECIPES_ROOT": str(ROOT),
-        "RECIPES_PROCESSES_PER_NODE": "1",
-        "RECIPES_LAUNCH_FLAGS": "--mixed_precision no",
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_WAIT_POLICY": "passive",  # more processes than cores
-    }
-
-    def flags(self, name: str) -> list[str]:
-        return [*FLAGS, "--output_dir", f"{ODD}/{name}"]
-
-    def result(self, name: str) -> Result:
-        return Result(None, self.folder / ODD / name)
-
-    def stop_at(self, step: int) -> Path:
-        """Training waits before this step's backward until the file is gone."""
-        path = self.folder / f"stop-at-{step}"
-        (self.folder / f"stopped-at-{step}").unlink(missing_ok=True)
-        path.touch()
-        return path
-
-    def interrupt(self, job: Job, pause: Path, *options: str, task: str = "") -> None:
-        """By a signal that reaches the run in its pause, so that it ends with the step that waits."""
-        job.cluster.output("scancel", *options, f"{job.number}{task}")
-        wait_for((self.folder / f".recipes-{job.number}{task}/STOP").exists, "the shell that had the signal")
-        time.sleep(WATCH_SECONDS)
-        pause.unlink()
-
-    def wait_for_step(self, step: int, job: Job) -> None:
-        """Until rank 0 waits where stop_at(step) stops it: a line of metrics.jsonl comes before the run has looked for
-        reasons to end."""
-        stopped = self.folder / f"stopped-at-{step}"
-        wait_for(lambda: stopped.exists() or job.state in ENDED, f"step {step} of job {job.number}")
-        assert stopped.exists(), job.log
+def local(server, runs) -> Result:
+    """Train what all of these jobs train, by one process without Slurm."""
+    return train(runs / "local", *FLAGS, recipe=ROOT / "recipes/vit.py", server=server)
 
 
 @pytest.fixture
@@ -121,7 +39,7 @@ def jobs(cluster, tmp_path) -> Jobs:
 
 @pytest.fixture(scope="module")
 def limited(cluster, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """A run that waits at step 3 for the real limit of a minute, on a node of its own, while other tests run."""
+    """Start a run that waits at step 3 for the real limit of a minute, on a node of its own, while other tests run."""
     jobs = Jobs(cluster, tmp_path_factory.mktemp("limited"))
     pause = jobs.stop_at(3)
     end = str(int(time.time()) + 7200)  # so that the run itself sees no deadline
@@ -129,7 +47,7 @@ def limited(cluster, tmp_path_factory) -> Iterator[SimpleNamespace]:
     job = jobs.submit("limited", *options, machine="v100", SLURM_JOB_END_TIME=end)
 
     def end_the_pause() -> str:
-        """Within KillWait, whichever test runs then; the run's status when it waits for its next start."""
+        """End the pause within KillWait, whichever test runs then; return the run's status when it is requeued."""
         log = jobs.folder / f"recipes-{job.number}.log"
         wait_for(lambda: log.exists() and "DUE TO TIME LIMIT" in log.read_text(), "the limit")
         time.sleep(1)
@@ -142,34 +60,10 @@ def limited(cluster, tmp_path_factory) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(job=job, status=pool.submit(end_the_pause))
 
 
-# What an interactive job, or a step of it, leaves in its shell; and what sbatch was told of tasks.
-LEFT = {
-    "SLURM_EXPORT_ENV": "NONE",
-    "SLURM_NTASKS": "5",
-    "SLURM_CPU_BIND": "mask_cpu:0x1",
-    "SLURM_GPU_BIND": "map_gpu:1",
-}
-LEFT |= {"SLURM_GPUS_PER_NODE": "1", "SLURM_JOB_END_TIME": "1000000000"}
-TASKS = ["--ntasks-per-node=4", "--cpus-per-task=24"]
-
-
-def two_pythons(folder: Path) -> dict[str, str]:
-    """An environment that is active, and a module that was loaded after it, whose python stands before its own."""
-    for name, line in (("venv", f'exec {sys.executable} "$@"'), ("module", "echo the python of the module; exit 3")):
-        (folder / name / "bin").mkdir(parents=True)
-        (folder / name / "bin/python").write_text(f"#!/bin/bash\n{line}\n")
-        (folder / name / "bin/python").chmod(0o755)
-    left = {"VIRTUAL_ENV": f"{folder}/venv", "LOADEDMODULES": "arch/h100:pytorch-gpu/py3/2.8.0"}
-    return left | {
-        "BASH_FUNC_module%%": '() { echo "module $*"; }',
-        "PATH": f"{folder}/module/bin:{os.environ['PATH']}",
-    }
-
-
 @pytest.fixture(scope="module")
 def topologies(cluster, tmp_path_factory, limited) -> SimpleNamespace:
-    """The same training on one node of two processes, by plain sbatch; on two nodes with the port taken; on four
-    nodes by submit.sh."""
+    """Run the same training on one node of two processes, by plain sbatch; on two nodes whose port is taken; on four
+    nodes, by submit.sh."""
     jobs, pythons = Jobs(cluster, tmp_path_factory.mktemp("topologies")), tmp_path_factory.mktemp("pythons")
     two = jobs.submit("2 nodes", "--hold", "--nodes=2", *TASKS, **LEFT)
     with socket.socket() as taken:
@@ -195,7 +89,7 @@ def test_same_losses_as_without_slurm(topologies, local, nodes):
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_ranks_follow_the_nodes(topologies, nodes):
-    """Line by line of the log: task, node and local rank, then what the process said of itself."""
+    """A line of the log has task, node and local rank, then what the process said of itself."""
     log = topologies.of[nodes].log
     host = topologies.of[nodes].fields["BatchHost"]
     names = topologies.jobs.cluster.output("scontrol", "show", "hostnames", topologies.of[nodes].fields["NodeList"])
@@ -208,7 +102,7 @@ def test_ranks_follow_the_nodes(topologies, nodes):
 
 
 def test_one_launcher_a_node_whatever_the_shell_has_left(topologies):
-    """With all GPUs of the node and a gloo interface that leads to the first node; the soft limit is the hard one."""
+    """It has all GPUs of its node, a gloo interface that leads to the first node, and the hard limit as soft limit."""
     lines = re.findall(r":more (\S+) (\S+) (\S+) (.*) \S+ \((\d+), (\d+)\)", topologies.of[2].log)
     assert [line[:3] for line in lines] == [("2", "0,1,2,3", "lo")] * 2, lines
     assert not any("0x1" in bound for *_, bound, soft, hard in lines)
@@ -257,7 +151,7 @@ def test_finished_job_requeued_ends_at_once(topologies):
 
 
 def test_time_limit_hit_twice(jobs, topologies):
-    """Two requeued starts of a minute's limit, then one that may go on: bitwise an uninterrupted run's losses."""
+    """Two requeued starts with a limit of a minute, then one with time: bitwise the losses of an uninterrupted run."""
     job = jobs.submit("2 nodes", "--nodes=2", "--time=1")
     job.wait_requeued(1)
     job.go_on()
@@ -294,7 +188,7 @@ def test_signals(jobs, local):
 
 
 def test_cancelled_job_saves_and_its_chain_goes_on(jobs, local):
-    """Where requeue is not allowed: jobs of one name, each after the other."""
+    """Without requeueing: jobs of one name run one after the other."""
     chain = ["--no-requeue", "--job-name=chain", "--dependency=singleton"]
     pause = jobs.stop_at(5)
     first, second, third = (jobs.submit("chain", *chain) for _ in range(3))
@@ -314,7 +208,7 @@ def test_cancelled_job_saves_and_its_chain_goes_on(jobs, local):
 
 
 def test_lost_node(jobs, local):
-    """All processes of one of three nodes are killed: the others name the peer, and the run goes on elsewhere."""
+    """All processes of one of three nodes are killed: the others name the peer, and the run resumes elsewhere."""
     pause = jobs.stop_at(6)
     job = jobs.submit("lost", "--nodes=3", flags=("--global_batch_size", "63"))
     jobs.wait_for_step(6, job)
@@ -323,7 +217,7 @@ def test_lost_node(jobs, local):
     try:
         pause.unlink()
         job.wait_requeued(1)
-        # gloo names the peer in one of two ways, by chance.
+        # gloo names the peer in one of two ways, at random.
         lost = r"\S+ \[\S+\]:\d+: Connection reset by peer|Connection closed by peer \[\S+\]:\d+"
         assert re.search(rf"\[rank[02]\].* ({lost})", job.log), job.log
         job.go_on()
@@ -337,7 +231,7 @@ def test_lost_node(jobs, local):
 
 
 def test_crash_is_not_repeated(jobs):
-    """The traceback of the rank that failed first ends the log."""
+    """The log ends with the traceback of the rank that failed first."""
     job = jobs.submit("crash", "--nodes=2", RECIPES_PROCESSES_PER_NODE="2", FAIL_ON="3")
     job.wait_until("FAILED")
     *before, last = job.log.rstrip().splitlines()
@@ -351,7 +245,7 @@ def test_crash_is_not_repeated(jobs):
 
 
 def test_sweep(jobs):
-    """One line of a file for each task of an array, with quotes."""
+    """Each task of an array takes one line of a file, with quotes."""
     lines = [f"--seed {seed} --max_steps 1 --output_dir '{ODD.replace(chr(39), '')}/{seed}'" for seed in range(1, 5)]
     (jobs.folder / "my sweep.txt").write_text("\n".join(lines) + "\n")
     job = jobs.submit("sweep", "--array=1-4", flags=("@my sweep.txt",))
@@ -364,7 +258,7 @@ def test_sweep(jobs):
 
 
 def test_a_process_that_is_killed_is_named(jobs):
-    """And not its peer, which has left the only traceback; there is no restart."""
+    """Its peer, which left the only traceback, is not; there is no restart."""
     pause = jobs.stop_at(3)
     job = jobs.submit("killed", "--nodes=2")
     jobs.wait_for_step(3, job)
@@ -379,7 +273,8 @@ def test_a_process_that_is_killed_is_named(jobs):
 
 
 def test_ends_without_a_restart(jobs, local):
-    """No restart is left; a crash before the run opens, beside the summary of that interruption; a STOP file."""
+    """Without restarts left; by a crash before the run opens, with the summary of that interruption there; by a STOP
+    file."""
     pause = jobs.stop_at(3)
     job = jobs.submit("ends", RECIPES_MAX_RESTARTS="0")
     jobs.wait_for_step(3, job)
@@ -407,7 +302,7 @@ def test_ends_without_a_restart(jobs, local):
 
 
 def test_chain_by_an_array(jobs, local):
-    """As docs/jean_zay.md gives it: tasks one after the other, of one run."""
+    """Tasks one after the other, of one run, as docs/jean_zay.md gives them."""
     pause = jobs.stop_at(5)
     job = jobs.submit("array", "--no-requeue", "--array=1-2%1")
     jobs.wait_for_step(5, job)
@@ -463,7 +358,7 @@ def test_plain_sbatch_with_no_variable_but_a_setup(cluster, tmp_path):
     refused.wait_until("FAILED")
     assert refused.log.splitlines()[-1].startswith("error: unknown flag --lr.")
     assert not jobs.result("no").folder.exists()
-    # What the recipe itself would not refuse: rank 0 waits for the preflight, which takes as long as it does.
+    # The recipe itself would not refuse this: rank 0 waits for the preflight, which takes as long as it does.
     cached = {"RECIPES_SETUP": "setup.sh", "WORK": places["WORK"], "HF_HOME": str(Path.home() / "hugging")}
     refused = cluster.sbatch(*words, *jobs.flags("no"), *batch, cwd=tmp_path, **{k: str(v) for k, v in cached.items()})
     refused.wait_until("FAILED")
@@ -511,22 +406,6 @@ def test_a_machine_is_added_as_the_page_says(cluster, tmp_path):
     assert json.loads(summary.read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        (["h100", "ddp"], "give slurm/submit.sh MACHINE STRATEGY [sbatch options] -- RECIPE [flags]"),
-        (["h100", "ddp", "--nodes=2", "--"], "no recipe follows --"),
-        (["h200", "ddp", "--", "recipes/vit.py"], "no machine h200. There are: a100 h100 "),
-    ],
-)
-def test_submit_explains_itself(words, error):
-    process = subprocess.run([ROOT / "slurm/submit.sh", *words], capture_output=True, text=True)
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1
-    assert error in process.stderr
-
-
 def test_dry_run_prints_the_line_that_sbatch_gets(cluster, jobs):
     words = [ROOT / "slurm/submit.sh", "h100", "ddp", *OPTIONS, "--dry_run", "--", "my recipe.py", *jobs.flags("dry")]
     process = cluster.command(*map(str, words), cwd=jobs.folder, env={**cluster.environment, **jobs.variables})
@@ -539,7 +418,7 @@ def test_dry_run_prints_the_line_that_sbatch_gets(cluster, jobs):
 
 
 def test_submit_stops_where_the_preflight_refuses(jobs):
-    """With --memory for the preflight alone."""
+    """The flag --memory is for the preflight alone."""
     words = [ROOT / "slurm/submit.sh", "h100", "ddp", *OPTIONS, "--memory", "--", "my recipe.py"]
     environment = {**jobs.cluster.environment, **jobs.variables}
     for flags, status in (["--global_batch_size", "65"], 0), (["--lr", "1"], 1):
@@ -555,7 +434,7 @@ def test_submit_stops_where_the_preflight_refuses(jobs):
 
 
 def test_slurm_refuses_what_idris_refuses(cluster, jobs):
-    """The fake cluster does its part: hours of one GPU are not spent on another, and not without a project."""
+    """The fake cluster refuses hours of one GPU for another, and a job without a project."""
     script = str(ROOT / "slurm/a100.slurm")
     for options in (["--account=project@h100"], []):
         process = cluster.command("sbatch", *options, script, "ddp", "x.py", cwd=jobs.folder)
@@ -588,146 +467,3 @@ def test_submitted_from_elsewhere(jobs):
     assert job.log == (
         f"error: no slurm/launch.sh in {jobs.folder}. Use slurm/submit.sh, or: export RECIPES_ROOT=FOLDER_OF_slurm\n"
     )
-
-
-# Without Slurm: what the scripts decide, by programs that answer as Slurm's would
-
-
-@pytest.fixture
-def alone(tmp_path) -> Callable[..., str]:
-    """Runs slurm/h100.slurm in this shell's place; what it printed, in a log that may have lines before."""
-    answers = {
-        "srun": "exit 1",
-        "squeue": "exit 1",
-        "scontrol": 'case $2 in hostnames) echo a; echo b ;; job) echo " Requeue=1 " ;; *) echo "$@" ;; esac',
-    }
-    (tmp_path / "bin").mkdir()
-    for name, answer in answers.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{answer}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
-    slurm |= {"SLURM_JOB_NODELIST": "a,b", "SLURM_GPUS_ON_NODE": "4", "RECIPES_ROOT": str(ROOT)}
-    programs = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-
-    def run(*words: str, before: str = "", **variables: str) -> str:
-        log = tmp_path / "log"
-        log.write_text(before)
-        base = {name: value for name, value in environment().items() if not name.startswith(("VIRTUAL", "CONDA"))}
-        with log.open("a") as output:
-            command = ["bash", "-c", MODULE + 'source "$0" "$@"', str(ROOT / "slurm/h100.slurm"), *words]
-            variables = {**base, **slurm, "PATH": programs, "RECIPES_PREFLIGHT": "off", **variables}
-            subprocess.run(command, stdout=output, stderr=output, env=variables, cwd=tmp_path, timeout=300)
-        return log.read_text()
-
-    return run
-
-
-MODULE = 'module() { if [[ $1 == show ]]; then echo "${SHOWN:-}" >&2; else echo "module $*"; fi; }; '
-
-
-def test_a_lost_node_requeues_a_job_twice_and_no_more(alone):
-    line = "interrupted (a node does not answer); requeued for restart 1\n"
-    words = ["ddp", str(ROOT / "recipes/vit.py")]
-    for times, requeued in ((0, True), (1, True), (2, False)):
-        log = alone(*words, before=line * times, RECIPES_MODULES="")
-        assert log.count("requeue 7") == requeued, log
-        assert ("no process has left a traceback" in log) != requeued
-
-
-def test_a_requeued_start_runs_the_sources_of_the_first(alone, tmp_path):
-    recipe, kept = tmp_path / "my recipe.py", tmp_path / ".recipes-7-source"
-    (tmp_path / "bin/srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nexit 1\n')
-    recipe.write_text("first = 1\n")
-    assert "requeue 7" in alone("ddp", recipe.name)
-    assert (kept / "my recipe.py").read_text() == "first = 1\n"
-    assert (kept / "shared/optim.py").read_text() == (ROOT / "shared/optim.py").read_text()
-    log = alone("ddp", recipe.name, SLURM_RESTART_COUNT="1")
-    assert "\nmy recipe.py\n" in log
-    assert "edited" not in log
-    recipe.write_text("first = 2\n")
-    log = alone("ddp", recipe.name, SLURM_RESTART_COUNT="1")
-    assert f"whose sources are run again: {kept}\n" in log
-    assert f"\n{kept}/my recipe.py\n" in log
-    assert f"\n{kept}/topology.yaml\n" in log
-    # A start that ends for good leaves nothing.
-    recipe.write_text("first = 3\n")
-    alone("ddp", recipe.name, SLURM_JOB_NUM_NODES="1")
-    assert not kept.exists()
-
-
-def test_a_signal_before_the_trap_is_heeded_in_a_long_job(alone, tmp_path):
-    (tmp_path / "bin/srun").write_text('#!/bin/bash\nls "$RECIPES_JOB_FOLDER"\nexit 1\n')
-    (tmp_path / "setup.sh").write_text("kill -USR1 $$\n")
-    for seconds in (600, 7200):
-        end = str(int(time.time()) + seconds)
-        log = alone("ddp", str(ROOT / "recipes/vit.py"), RECIPES_SETUP="setup.sh", SLURM_JOB_END_TIME=end)
-        assert ("STOP" in log.split()) == (seconds == 7200)
-        assert "started" in log.split()
-
-
-def test_an_active_environment_wins_over_the_module(alone, tmp_path):
-    loaded = f"module purge\nmodule load {MACHINES['h100']['modules']}\n"
-    assert alone().startswith(loaded)
-    own = tmp_path / "own/bin/python"
-    own.parent.mkdir(parents=True)
-    own.symlink_to("/bin/false")
-    assert alone(VIRTUAL_ENV=str(tmp_path / "own")).startswith(loaded)  # without accelerate: conda's base, say
-    own.unlink()
-    own.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
-    own.chmod(0o755)
-    words = ["ddp", str(ROOT / "recipes/vit.py")]
-    modules = {"LOADEDMODULES": "a/1:pytorch-gpu/py3/2.8.0"}  # of the login shell, perhaps for other GPUs
-    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
-        for more in ({}, modules):
-            assert alone(*words, **{name: str(tmp_path / "own")}, **more).startswith(f"python: {own}\n")
-    # A module may be such an environment itself.
-    shown = {"CONDA_PREFIX": str(tmp_path / "own"), "SHOWN": f"prepend-path PATH {own.parent}"}
-    assert alone(**shown, **modules).startswith(loaded)
-    assert "module" not in alone(**shown, **modules, VIRTUAL_ENV=str(tmp_path / "own"))
-    assert "module" not in alone(RECIPES_MODULES="")
-    assert alone(RECIPES_MODULES="one two").startswith("module purge\nmodule load one two\n")
-
-
-def test_gloo_takes_the_interface_on_the_way_to_the_first_node(alone, tmp_path):
-    """This machine's own addresses stand for other nodes'; a name that leads nowhere, or no further than this node, as
-    the first node's own may, is passed over."""
-    (tmp_path / "bin/srun").write_text(
-        "#!/bin/bash\nfor address in 127.0.0.1 $(hostname -I); do echo way $address $(interface_to $address); done\n"
-        'echo "after $(interface_to no.such.host.invalid 127.0.0.1) <$(interface_to localhost)>"\nexit 1\n'
-    )
-    log = alone("ddp", str(ROOT / "recipes/vit.py"), RECIPES_MODULES="")
-    ways = dict(re.findall(r"^way ([\d.]+) (\S*)$", log, re.M))
-    assert ways.pop("127.0.0.1") == "lo"
-    assert {*ways.values()} <= {*os.listdir("/sys/class/net")} - {"lo"}, log
-    assert "after lo <>\n" in log
-
-
-def test_words_are_split_as_the_preflight_splits_them(alone, tmp_path):
-    """A backslash in quotes, which xargs keeps."""
-    (tmp_path / "sweep.txt").write_text('--model "a\\"b" \'c d\'\n--model "a\n')
-    words = ["ddp", str(ROOT / "recipes/vit.py"), "@sweep.txt"]
-    (tmp_path / "bin/srun").write_text("#!/bin/bash\nprintf '<%s>' \"${@: -3}\"\nexit 1\n")
-    assert '<--model><a"b><c d>' in alone(*words, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1", RECIPES_MODULES="")
-    assert 'error: cannot split: --model "a' in alone(
-        *words, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", RECIPES_MODULES=""
-    )
-
-
-def test_submit_without_python_says_so(tmp_path):
-    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
-    process = subprocess.run(
-        ["/bin/bash", ROOT / "slurm/submit.sh", "h100", "ddp", "--", "x.py"],
-        env={"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 2
-    assert process.stderr.splitlines()[-1].startswith("error: no python to check the job with.")
-
-
-def test_shellcheck():
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck on this machine: apt-get install shellcheck")
-    scripts = [str(path) for path in sorted((ROOT / "slurm").glob("*.s*"))]
-    process = subprocess.run(["shellcheck", "-x", "-P", "slurm", *scripts], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""crop_jpeg.c as a library, which this machine's C compiler makes at the first use, in about a second."""
+"""Load crop_jpeg.c as a library, which this machine's C compiler makes at the first use, in about a second."""
 
 import ctypes
 import functools
@@ -18,21 +18,21 @@ from ...files import complete
 from ...launch import rank
 from ..index import cache_folder
 
-MULTIARCH = f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}"  # Debian's, of what depends on the machine
+MULTIARCH = f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}"  # Debian's headers that depend on the machine
 SOURCE = Path(__file__).with_name("crop_jpeg.c")
 SWITCH = "RECIPES_NATIVE_DECODER"
-OPTIONS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # fused products would round the weights otherwise
+OPTIONS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # fused products would round the weights differently
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return what `load` does, once a process: call it before worker processes are forked."""
+    """Return what `load` does, once per process: call it before worker processes are forked."""
     return load()
 
 
 def load() -> ctypes.CDLL | None:
-    """Return the library, from the cache of `$SCRATCH` or of the user; None under RECIPES_NATIVE_DECODER=0, and where
-    no C compiler or no libjpeg-turbo with its headers is installed. Says that it was compiled, or why not."""
+    """Return the library, from the cache of `$SCRATCH` or of the user; None under RECIPES_NATIVE_DECODER=0, and
+    where no C compiler or no libjpeg-turbo with its headers is installed. Print that it was compiled, or why not."""
     if os.environ.get(SWITCH, "1") == "0":
         return None
     compiler = shlex.split(os.environ.get("CC") or "cc")
@@ -41,7 +41,7 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         path = cache_folder() / f"crop_jpeg-{_key(headers)}.so"
-        if not path.exists() or path.stat().st_uid != os.getuid():  # what another user put there is not run
+        if not path.exists() or path.stat().st_uid != os.getuid():  # never run another user's
             _compile(compiler, headers, path)
         return _declared(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -58,7 +58,7 @@ def _include_folders() -> list[Path]:
 
 
 def _key(headers: Path) -> str:
-    """Of all that decides what the compiler makes: machines that differ may share the cache."""
+    """Return a hash of all that decides what the compiler makes: machines that differ may share the cache."""
     configurations = (folder / "jconfig.h" for folder in (headers, Path(MULTIARCH)))  # the version and its options
     library = next((path.read_bytes() for path in configurations if path.exists()), b"")
     words = [platform.machine(), sys.platform, str(headers), *OPTIONS]
@@ -67,10 +67,11 @@ def _key(headers: Path) -> str:
 
 
 def _compile(compiler: list[str], headers: Path, path: Path) -> None:
-    """Complete or absent: written beside, then renamed, whoever else does the same."""
+    """Make the library, complete or absent: it is written beside its place, then renamed, even if others do the
+    same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [*compiler, *OPTIONS, str(SOURCE), "-ljpeg"]
-    if not headers.is_relative_to("/usr/include"):  # which compiler and linker know
+    if not headers.is_relative_to("/usr/include"):  # compiler and linker know these
         places = [headers.parent / name for name in ("lib", "lib64")]
         command += [f"-I{headers}", *(word for place in places for word in (f"-L{place}", f"-Wl,-rpath,{place}"))]
     options = {"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL}
@@ -91,6 +92,6 @@ def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def libjpeg_version() -> str:
-    """The version of libjpeg-turbo that the library was compiled for, such as 2.1.5."""
+    """Return the version of libjpeg-turbo that the library was compiled for, such as 2.1.5."""
     number = ctypes.c_int.in_dll(library(), "libjpeg_turbo").value
     return ".".join(str(number // 1000**power % 1000) for power in (2, 1, 0))

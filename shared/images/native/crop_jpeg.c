@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The crop of a JPEG, resized: each row of it is resized while it lies in the processor's nearest cache, and nothing
-// below it is decoded. To the bit it gives what decoding the whole image by libjpeg-turbo, cropping it and torch's
-// antialiased bilinear resize of uint8 give. native.py compiles this file, decode.py calls it, and leaves what is
-// unusual, truncated or doubtful, of which both functions tell by what they return, to other libraries.
+// Decode the crop of a JPEG and resize it: each row while it lies in the processor's nearest cache, and nothing below
+// the crop is decoded. The result is, bit for bit, that of decoding the whole image by libjpeg-turbo, cropping it, and
+// torch's antialiased bilinear resize of uint8. __init__.py compiles this file and decode.py calls it. Both functions
+// refuse unusual, truncated and doubtful images by their return value: decode.py leaves these to other libraries.
 
 #if !__has_include(<jpeglib.h>)
 #error ABSENT: the headers of libjpeg-turbo
@@ -22,11 +22,11 @@
 #define AVX2 __attribute__((target("avx2")))
 #endif
 
-enum { CHANNELS = 3, UNUSUAL = -1, SPARE = 64 }; // SPARE: bytes that vectors may read or write behind a row
+enum { CHANNELS = 3, UNUSUAL = -1, SPARE = 64 }; // SPARE: bytes that vectors may read or write past a row
 
 static unsigned two_bytes(const uint8_t *place) { return place[0] << 8 | place[1]; }
 
-// In compressed data; any other marker is another file's, written over a part of this one.
+// Whether a marker may occur in compressed data; any other is another file's, written over a part of this one.
 static int has_a_place(int marker)
 {
     return marker == 0 || marker == 0xff || marker == 0xc4 || (marker >= 0xd0 && marker <= 0xd7) ||
@@ -35,8 +35,8 @@ static int has_a_place(int marker)
 
 const int libjpeg_turbo = LIBJPEG_TURBO_VERSION_NUMBER;
 
-// Width << 16 | height of a sequential JPEG that has its end and no stray markers; else 0. Bit 32 is set where its
-// header has a segment of Exif's kind.
+// Return width << 16 | height of a sequential JPEG that has its end and no stray markers; else 0. Bit 32 is set where
+// its header has a segment of Exif's kind.
 uint64_t jpeg_size(const uint8_t *image, size_t length)
 {
     uint64_t size = 0, exif = 0;
@@ -69,12 +69,12 @@ struct axis {
     int16_t *weights;
 };
 
-static void *zeros(j_decompress_ptr cinfo, size_t bytes) // which go with cinfo
+static void *zeros(j_decompress_ptr cinfo, size_t bytes) // freed with cinfo
 {
     return memset(cinfo->mem->alloc_large((j_common_ptr)cinfo, JPOOL_IMAGE, bytes), 0, bytes);
 }
 
-// All weights in double precision, of `most` each; returns the largest.
+// Compute all weights in double precision, `most` per output pixel; return the largest.
 static double triangle(const struct axis *axis, double *weights, int most, double scale, int size)
 {
     double largest = 0, narrow = scale > 1 ? 1 / scale : 1;
@@ -114,7 +114,7 @@ static struct axis resizing(j_decompress_ptr cinfo, int from, int size)
     return axis;
 }
 
-// Two rows at a time, which share the weights.
+// Resize two rows at a time, which share the weights.
 static void resize_rows(const struct axis *axis, uint8_t *const in[2], uint8_t *const out[2], int size)
 {
     for (int row = 0; row < 2; row++)
@@ -127,7 +127,7 @@ static void resize_rows(const struct axis *axis, uint8_t *const in[2], uint8_t *
         }
 }
 
-// One row of the output, of `taps` rows.
+// Compute one row of the output from `taps` rows.
 static void blend_rows(uint8_t *const rows[], const int16_t *weights, int taps, int places, int bytes, uint8_t *out)
 {
     for (int i = 0; i < bytes; i++) {
@@ -151,10 +151,10 @@ AVX2 static inline __m256i both(const uint8_t *low, const uint8_t *high)
                                    _mm_loadu_si128((const __m128i *)high), 1);
 }
 
-// The means of one output pixel: red, green, blue and nothing of the one row, then of the other.
+// Return the means of one output pixel: red, green, blue and 0 of one row, then of the other.
 AVX2 static inline __m256i mean(const uint8_t *one, const uint8_t *two, const int16_t *weights, int taps, int places)
 {
-    // Of two neighbours, as numbers of 16 bits: r r g g b b 0 0.
+    // Two neighbours as numbers of 16 bits: r r g g b b 0 0.
     const __m256i near = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
     const __m256i far = _mm256_broadcastsi128_si256(
@@ -225,7 +225,7 @@ AVX2 static void blend_rows_avx2(uint8_t *const rows[], const int16_t *weights, 
 
 // Decoding
 
-struct failure { // libjpeg's way to report, and the way out
+struct failure { // libjpeg's error manager, and where an error jumps to
     struct jpeg_error_mgr manager;
     jmp_buf exit;
 };
@@ -237,7 +237,7 @@ static void leave_at_warning(j_common_ptr cinfo, int level)
     if (level < 0) leave(cinfo);
 }
 
-// Sampling for which libjpeg's partial decoding was found to be exact.
+// Whether libjpeg's partial decoding was found to be exact for this sampling.
 static int is_usual(j_decompress_ptr cinfo)
 {
     const jpeg_component_info *part = cinfo->comp_info;
@@ -252,8 +252,8 @@ struct crop {
     int left, top, right, bottom; // in pixels of the image after its division by scale
 };
 
-// Go to the crop's first row, with rows of its columns and what interpolation of colours needs beside them. Returns in
-// which column the rows begin.
+// Start at the crop's first row, with rows of its columns and of those beside them that interpolating colours needs.
+// Return the column in which the rows begin.
 static unsigned begin(j_decompress_ptr cinfo, const struct crop *crop)
 {
     JDIMENSION left = crop->left > 2 ? crop->left - 2 : 0;
@@ -280,7 +280,7 @@ static void resize(j_decompress_ptr cinfo, const struct crop *crop, int size, ui
 #endif
     const unsigned skip = (crop->left - begin(cinfo, crop)) * CHANNELS;
     const size_t wide = (cinfo->output_width + across.taps) * CHANNELS + SPARE, narrow = stride + SPARE;
-    // Off by a byte: to a row at a multiple of 32 bytes libjpeg-turbo writes past the caches.
+    // Off by a byte: libjpeg-turbo writes a row at a multiple of 32 bytes past the caches.
     uint8_t *in[2] = {(uint8_t *)zeros(cinfo, wide) + 1, (uint8_t *)zeros(cinfo, wide) + 1}, *crops[2] = {in[0] + skip, in[1] + skip};
     // Rows that were resized across: as many as one row of the output needs, and two more.
     const int kept = down.taps + 2;
@@ -298,8 +298,8 @@ static void resize(j_decompress_ptr cinfo, const struct crop *crop, int size, ui
     }
 }
 
-// Into out, (size, size, 3): the crop of an image that was first divided by scale, 1, 2, 4 or 8. Returns 0, or what is
-// not 0 where anything is wrong or unusual: then out holds nothing of use.
+// Write the crop of an image, first divided by scale (1, 2, 4 or 8), into out, (size, size, 3). Return 0, or another
+// number where anything is wrong or unusual: then out is undefined.
 int crop_jpeg(const uint8_t *image, size_t length, int left, int top, int right, int bottom, int scale, int size,
               uint8_t *out)
 {

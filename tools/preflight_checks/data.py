@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at the data: whether it is there, and how many steps an epoch has."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .plan import Plan, Task
+
+
+def data(plan: Plan, task: Task) -> Iterator[str]:
+    """Open the data, which a batch must not exceed; refuse several nodes without --data."""
+    if not task.images:
+        return
+    if task.images.data == "digits" and plan.nodes > 1 and "data" not in task.given:
+        what = f"without --data the {plan.nodes} nodes train on 1,797 embedded digits"
+        yield f"{what}. Give --data FOLDER, or --data digits where you mean them."
+    if "$" not in task.images.data:
+        steps_per_epoch(plan, task)
+
+
+def steps_per_epoch(plan: Plan, task: Task) -> int | None:
+    """Return None where there are no images, or they are not counted: class folders without an index take long."""
+    read, images = getattr(plan.module, "open_data", None), task.images
+    if not read or not images:
+        return None
+    if Path(images.data).exists() and not Path(images.data, "train/index.safetensors").exists():
+        return None
+    batch, seed = task.config.global_batch_size, task.run_config.seed
+    count = count_images(read, *images.source(seed))
+    return plan.shared("order").TrainingOrder(count, batch, batch, 0, 1, seed).steps_per_epoch
+
+
+@functools.cache
+def count_images(read: Callable, *source) -> int:
+    return len(read(*source)[0])
