@@ -64,7 +64,7 @@ def test_the_first_lines_say_what_is_trained_on(slow):
         str(slow.folder),
         "training: 1,437 images, 10 classes, 32 x 32 pixels",
         "held out: 360 images, 10 classes, 32 x 32 pixels",
-        "the network sees 16 x 16 pixels; an epoch leaves out 157 images, less than a batch",
+        "the network sees 16 x 16 pixels; an epoch leaves out 157 images, no full batch",
         "batch: 256 = 1 (data-parallel) x 256 (images) x 1 (accumulation)",
         "steps: 10 = 2 epochs x 5",
     ]
@@ -104,13 +104,13 @@ def test_tf32_by_torchs_own_switch_is_recorded_and_another_run(slow):
 
 
 def described(parts: tuple[Source, Source], image_size: int, steps: int | None = None) -> list[str]:
-    """The opening lines, of batches of one image, but the last one, which says how a batch is made."""
+    """The opening lines, of batches of one image, but the last two, which say how many images and steps there are."""
     data = [describe(SimpleNamespace(source=part, image_size=image_size), "pillow") for part in parts]
     position = SimpleNamespace(epoch_steps=len(parts[0]) if steps is None else steps, total_steps=0)
     summary = object.__new__(Summary)
     summary.accelerator, summary.position = SimpleNamespace(mesh=None), position
     config = SimpleNamespace(global_batch_size=1, gradient_accumulation_steps=1, epochs=1)
-    *lines, _ = summary.opening_lines(*data, config)
+    *lines, _, _ = summary.opening_lines(*data, config)
     assert all(len(line) <= 80 for line in lines)
     return lines
 
@@ -131,8 +131,8 @@ def test_photographs_for_a_small_network_have_a_hint():
     assert described(parts, 32, 1_281_024) == [
         "training: 1,281,167 images, 1,000 classes, 4000 x 3000 pixels",
         "held out: 50,000 images, 1,000 classes, 4000 x 3000 pixels",
-        "the network sees 32 x 32 pixels; an epoch leaves out 143 images, less than a batch",
-        "hint: images of 4000 x 3000 pixels lose detail at this size; try --image_size 224",
+        "the network sees 32 x 32 pixels; an epoch leaves out 143 images, no full batch",
+        "hint: images of 4000 x 3000 pixels lose detail there; try --image_size 224",
     ]
     assert described(parts, 224)[2:] == [
         "the network sees 224 x 224 pixels",

@@ -68,5 +68,5 @@ def _hint(size: int, sizes: list[tuple[int, int]]) -> list[str]:
     if min(width, height) <= FAR * size:
         return []
     if size < USUAL:
-        return [f"hint: images of {width} x {height} pixels lose detail at this size; try --image_size {USUAL}"]
+        return [f"hint: images of {width} x {height} pixels lose detail there; try --image_size {USUAL}"]
     return [f"hint: {width} x {height} pixels are slow to decode: tools/pack.py --max_side {FAR * size}"]

@@ -39,7 +39,7 @@ class Summary:
         batch, parts = config.global_batch_size, config.gradient_accumulation_steps
         size = data_parallel(self.accelerator)[1]
         left_out = train.samples - self.position.epoch_steps * batch
-        rest = f"; an epoch leaves out {left_out:,} {train.unit}, less than a batch" if left_out else ""
+        rest = f"; an epoch leaves out {left_out:,} {train.unit}, no full batch" if left_out else ""
         return [
             f"training: {train.summary}",
             f"held out: {held_out.summary}",
