@@ -62,5 +62,5 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lock: setup  ## resolve pyproject.toml anew into requirements.lock
+lock: setup  ## resolve pyproject.toml again into requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --no-annotate --no-header --no-emit-index-url --upgrade --quiet -o requirements.lock

@@ -13,7 +13,7 @@ from .order import EvaluationOrder, TrainingOrder
 
 
 class Description(NamedTuple):
-    """What a loader says about its part of the data, for the run's first lines, its identity and config.json."""
+    """A loader's description of its part of the data, for the run's first lines, its identity and config.json."""
 
     unit: str  # what is counted: images, or sequences
     samples: int

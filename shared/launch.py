@@ -30,7 +30,7 @@ SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class Launch(NamedTuple):
-    """What a recipe's `check` may refuse before its processes meet; the preflight makes one from a plan."""
+    """The facts that a recipe's `check` may refuse before its processes meet; the preflight makes one from a plan."""
 
     strategy: str  # ddp, fsdp, hsdp or zero1 to zero3
     precision: str  # no, fp16, bf16 or fp8

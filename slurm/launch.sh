@@ -229,7 +229,7 @@ launch() {
     words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))
     address=${MASTER_ADDR:-${hosts[0]}}
     words+=(--main_process_ip "$address" --main_process_port "$(free_port)")
-    # The YAML's own values of these two are ignored; c10d would sort the nodes anew.
+    # The YAML's own values of these two are ignored; c10d would sort the nodes again.
     words+=(--rdzv_backend static --same_network)
     # Each line of the log carries its node and local rank; on_node says where the files lie.
     words+=(--tee 3)
@@ -350,15 +350,15 @@ conclude() {
         requeue "the time limit"
     elif [[ ${ended:-} ]]; then
         # scancel, or a lost node, after which Slurm requeues by itself.
-        echo "ended by Slurm; the same command goes on from the last checkpoint"
+        echo "ended by Slurm; the same command resumes from the last checkpoint"
     elif [[ $state == finished || $status == 0 && $state != interrupted ]]; then
         exit 0
     elif [[ $state == interrupted && $reason == stop_file ]]; then
-        echo "stopped by a STOP file; the same command goes on"
+        echo "stopped by a STOP file; the same command resumes"
     elif [[ $state == interrupted ]]; then
         requeue "$reason"
     elif ((nodes > 1)) && ! nodes_answer && (($(grep -c '(a node does not answer)' "/proc/$$/fd/1") < 2)); then
-        # Twice at most, by this log: what else could be wrong with srun must not go on for ever.
+        # Twice at most, by this log: what else could be wrong with srun must not be tried for ever.
         requeue "a node does not answer"
     else
         show_first_error "$status"
@@ -380,14 +380,14 @@ print(status if fresh or (status == "finished" and sys.argv[3] == "0") else "sta
 requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} most=${RECIPES_MAX_RESTARTS:-100}
     if [[ " $(scontrol show job -o "$job") " != *" Requeue=1 "* ]]; then
-        echo "interrupted ($1); submitted with --no-requeue: the next job of the chain goes on"
+        echo "interrupted ($1); submitted with --no-requeue: the next job of the chain resumes"
         exit 0
     fi
-    ((restarts < most)) || fail "interrupted ($1) after $restarts restarts, RECIPES_MAX_RESTARTS. Submit it again: it goes on."
+    ((restarts < most)) || fail "interrupted ($1) after $restarts restarts, RECIPES_MAX_RESTARTS. Submit it again: it resumes."
     echo "interrupted ($1); requeued for restart $((restarts + 1))"
     # It ends this shell, too.
     again=1
-    scontrol requeue "$job" || fail "Slurm does not requeue this job. Submit it again: it goes on."
+    scontrol requeue "$job" || fail "Slurm does not requeue this job. Submit it again: it resumes."
     exit 0
 }
 

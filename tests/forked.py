@@ -94,7 +94,7 @@ class Server:
 
 
 class Launch:
-    """A command that goes on by itself: `pid` is its process, of a launcher whose children are the workers."""
+    """A command that runs by itself: `pid` is its process, of a launcher whose children are the workers."""
 
     def __init__(self, server: Server, words: list[str], output: Path, errors: Path, pid: int):
         self.server, self.words, self.output, self.errors, self.pid = server, words, output, errors, pid
@@ -102,7 +102,7 @@ class Launch:
 
     @property
     def workers(self) -> list[int]:
-        """By rank; those that still live."""
+        """Return those that still live, by rank."""
         return children(self.pid)
 
     @property

@@ -90,7 +90,7 @@ def truncate(draws: Generator, image: bytes, other: bytes) -> bytes:
 
 
 def splice(draws: Generator, image: bytes, other: bytes) -> bytes:
-    """Go on with the other image, half the time from the same fraction of its length."""
+    """Continue with the other image, half the time from the same fraction of its length."""
     at, to = draws.random(2) if draws.random() < 0.5 else [draws.random()] * 2
     return image[: int(at * len(image))] + other[int(to * len(other)) :]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills at any instant, half of them within a save, of one worker, all of them or the launcher, and the next start.
+"""Kills at any moment, half of them within a save, of one worker, all of them or the launcher, and the next start.
 
 Used by test_survival.py and, for hundreds of kills, by soak.py.
 """
@@ -84,11 +84,11 @@ def kill_often(
     chance: random.Random,
     say: Callable = lambda line: None,
 ) -> Counter:
-    """How many kills of each kind hit; the run goes on at every start, and in the end to its own end."""
-    counts, instants = Counter(), []
+    """Return how many kills of each kind hit; the run resumes at every start, and at last runs to its end."""
+    counts, moments = Counter(), []
     while counts.total() < kills:
-        victim, instants = chance.choice(VICTIMS), instants or chance.sample(AT, len(AT))
-        at = instants.pop()
+        victim, moments = chance.choice(VICTIMS), moments or chance.sample(AT, len(AT))
+        at = moments.pop()
         if not kill_once(server, words, folder, victim, at, chance):
             break
         counts[f"{victim} at {at}"] += 1
@@ -113,7 +113,7 @@ def steps(folder: Path) -> int:
 
 
 def difference(folder: Path, reference: Path, names: tuple[str, ...] = ("tensors", "index", "zero")) -> str | None:
-    """What of two runs differs, bit by bit: the curves, or the last checkpoint's weights and optimizer."""
+    """Return what differs between two runs, bit by bit: the curves, or the last checkpoint's weights and optimizer."""
     ours, theirs = (curve(path) for path in (folder, reference))
     if ours != theirs:
         pairs = ((one, other) for one, other in zip(ours, theirs, strict=False) if one != other)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hundreds of kills of the runs of test_survival.py, at instants drawn from a seed: `make soak`, or
+"""Hundreds of kills of the runs of test_survival.py, at moments drawn from a seed: `make soak`, or
 
     python tests/soak.py 500 [SEED [MINUTES]]
 

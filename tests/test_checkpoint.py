@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and a run's files in one process: what is kept, put aside, refused, and goes on after a failure."""
+"""Checkpoints and a run's files in one process: what is kept, set aside, refused, and continues after a failure."""
 
 import contextlib
 import errno
@@ -218,7 +218,7 @@ def test_what_a_save_in_the_background_takes_is_the_whole_of_it(tmp_path, monkey
 
 
 def test_no_part_of_deepspeeds_files_stays_and_no_process_leaves_its_barriers(tmp_path, monkeypatch):
-    """Its files fail within save_checkpoint, which must go on to its end all the same."""
+    """Its files fail within save_checkpoint, which must still run to its end."""
     ended, folder = [], tmp_path / "tmp-00000001"
 
     def save_checkpoint(place, tag, save_latest):

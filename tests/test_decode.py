@@ -52,7 +52,7 @@ def encoded(pixels: np.ndarray, sampling: str, quality: int) -> bytes:
 
 
 def piece(draws: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Of a photograph, 427 x 640."""
+    """Return the pixels of a photograph, 427 x 640."""
     photo = PHOTOS[draws.integers(2)]
     top, left = draws.integers(0, 428 - height), draws.integers(0, 641 - width)
     return photo[top : top + height, left : left + width]

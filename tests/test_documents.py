@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs/ say is so: their links, commands, figures and lists of fields; and they are short to read."""
+"""README and docs/ are right (links, commands, figures, lists of fields) and short to read."""
 
 import ast
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run takes from its surroundings: limits of open files, the end of a job, what config.json keeps of them."""
+"""A run's surroundings: limits of open files, the end of a job, what config.json keeps of them."""
 
 import json
 import resource

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself: its data in the first lines, a rate that is of training alone, a bar that keeps up."""
+"""A run's words on itself: its data in the first lines, a rate that is of training alone, a bar that keeps up."""
 
 import importlib
 import re

@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_packing_makes(pack, packed, tmp_path, kind, capsys)
 
 
 def test_a_full_disk_leaves_what_is_complete_and_nothing_else(pack, tmp_path, monkeypatch):
-    """Of the index, and of any other file."""
+    """Whichever file is being written then: the index or another one."""
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

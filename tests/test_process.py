@@ -28,7 +28,7 @@ lifetime.begin()
 
 
 def script(code: str, redirections: str = "", **variables: str) -> subprocess.CompletedProcess:
-    """Of a program that begins as all of ours do, by a shell that redirects its streams."""
+    """Run a program that begins as all of ours do, by a shell that redirects its streams."""
     words = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirections}']
     words += [sys.executable, BEGIN + code, str(ROOT)]
     return subprocess.run(words, env=environment(**variables), capture_output=True, text=True, timeout=300)

@@ -195,7 +195,7 @@ def test_each_topology_loads_with_no_key_of_another_home(path, monkeypatch):
 
 
 def resolved(path: Path) -> dict:
-    """What accelerate makes of a topology, less what a machine decides: precision, processes, HSDP's replicas."""
+    """Return accelerate's settings of a topology, without what a machine decides: precision, processes, replicas."""
     settings = load_config_from_file(str(path)).to_dict()
     for name in ("mixed_precision", "num_machines", "num_processes", "machine_rank", "main_process_port"):
         settings.pop(name, None)

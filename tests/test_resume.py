@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 2, as far as epoch ends and numbered checkpoints carry it: a run goes on as if nothing had happened."""
+"""Law 2, as far as epoch ends and numbered checkpoints carry it: a run resumes as if nothing had happened."""
 
 import json
 import os

@@ -159,7 +159,7 @@ def test_the_pipeline_says_its_bubble_and_memory_beside_the_theory(run, runs):
     assert float(rows[0][4]) > 1.5 * float(rows[1][4])
 
 
-# A checkpoint of one strategy, given by its path, goes on under another; what one recipe alone has is named
+# A checkpoint of one strategy, given by its path, resumes under another; what one recipe alone has is named
 
 MOVED = {
     "tp 2 to ddp 1": (("vit_tp", "tp", 2), ("vit", "ddp", 1), "recipe,sequence_parallel"),

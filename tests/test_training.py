@@ -61,7 +61,7 @@ def test_the_configuration_records_what_made_the_run(demo):
 
 
 def test_evaluation_equals_a_plain_loop_to_the_last_sample(demo):
-    """Pixels, weights and loop made anew here, from scikit-learn, torchvision and torch."""
+    """Pixels, weights and loop made again here, from scikit-learn, torchvision and torch."""
     model = resnet18(num_classes=10)
     model.load_state_dict(read_weights(demo.folder / "checkpoints/step-00000220"))
     digits = load_digits()

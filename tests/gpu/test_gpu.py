@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one GPU shows and a CPU cannot: each recipe and strategy on it, half precision, exact resume, memory, DALI.
+"""Tests of what only a GPU shows: each recipe and strategy on it, half precision, exact resume, memory, DALI.
 
 Run them by `python -m pytest tests/gpu` in one process: most of a launch is imports, so all are started at once and
 share the GPU, of which they take some 60 GB.

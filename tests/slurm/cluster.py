@@ -205,7 +205,7 @@ class Cluster:
 
 
 class Job:
-    """What Slurm says of a job, and its log."""
+    """A job as Slurm reports it, and its log."""
 
     def __init__(self, cluster: Cluster, number: int, folder: Path, submitted: str):
         self.cluster, self.number, self.folder, self.submitted = cluster, number, folder, submitted

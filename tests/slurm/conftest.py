@@ -11,7 +11,7 @@ from slurm.cluster import Cluster, missing
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """Of Debian's slurm-wlm, or another one built for several slurmd on a host."""
+    """Find the programs of Debian's slurm-wlm, or another one built for several slurmd on a host."""
     if missing():
         pytest.skip(f"no {', '.join(missing())} on this machine: apt-get install slurm-wlm")
     variables = environment()

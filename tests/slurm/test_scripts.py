@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts of slurm/ decide, without Slurm: by programs that answer as Slurm's would."""
+"""Decisions of the scripts of slurm/, without Slurm: by programs that answer as Slurm's would."""
 
 import os
 import re

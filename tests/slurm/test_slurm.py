@@ -195,13 +195,13 @@ def test_cancelled_job_saves_and_its_chain_goes_on(jobs, local):
     jobs.wait_for_step(5, first)
     later = jobs.stop_at(9)
     jobs.interrupt(first, pause, "--signal=USR1")
-    assert "the next job of the chain goes on" in first.wait_completed().log
+    assert "the next job of the chain resumes" in first.wait_completed().log
     jobs.wait_for_step(9, second)
     second.cluster.output("scancel", str(second.number))
     time.sleep(1)  # SIGTERM goes by two shells and a launcher
     later.unlink()
     second.wait_until("CANCELLED")
-    wait_for(lambda: "ended by Slurm; the same command goes on" in second.log, "the end of a cancelled job")
+    wait_for(lambda: "ended by Slurm; the same command resumes" in second.log, "the end of a cancelled job")
     assert "interrupted (signal) at step 10" in second.log
     assert "resumed at step 10" in third.wait_completed().log
     assert jobs.result("chain").series("loss") == pytest.approx(local.series("loss"), rel=1e-5)
@@ -281,7 +281,7 @@ def test_ends_without_a_restart(jobs, local):
     jobs.interrupt(job, pause, "--signal=USR1")
     job.wait_until("FAILED")
     assert job.log.rstrip().endswith(
-        "error: interrupted (signal) after 0 restarts, RECIPES_MAX_RESTARTS. Submit it again: it goes on."
+        "error: interrupted (signal) after 0 restarts, RECIPES_MAX_RESTARTS. Submit it again: it resumes."
     )
     job = jobs.submit("ends", FAIL_EARLY="0")
     job.wait_until("FAILED")
@@ -295,7 +295,7 @@ def test_ends_without_a_restart(jobs, local):
     (jobs.folder / ODD / "ends/STOP").touch()
     time.sleep(WATCH_SECONDS)
     pause.unlink()
-    assert "stopped by a STOP file; the same command goes on" in last.wait_completed().log
+    assert "stopped by a STOP file; the same command resumes" in last.wait_completed().log
     assert jobs.result("ends").summary["stop_reason"] == "stop_file"
     assert [each.fields["Restarts"] for each in (job, last)] == ["0", "0"]
     assert jobs.result("ends").series("loss") == pytest.approx(local.series("loss")[:6], rel=1e-5)
@@ -309,7 +309,7 @@ def test_chain_by_an_array(jobs, local):
     jobs.interrupt(job, pause, "--signal=USR1", task="_1")
     wait_for(job.gone, "the array")
     logs = "".join(path.read_text() for path in sorted(jobs.folder.glob("recipes-*.log")))
-    assert logs.count("the next job of the chain goes on") == 1
+    assert logs.count("the next job of the chain resumes") == 1
     assert "resumed at step 6" in logs
     assert jobs.result("array").summary["status"] == "finished"
     assert jobs.result("array").series("loss") == pytest.approx(local.series("loss"), rel=1e-5)
