@@ -145,7 +145,8 @@ def die_with_launcher() -> None:
     it may wait for a peer that is gone."""
     if launched() and sys.platform == "linux":
         die_with_parent()
-        if os.getppid() == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
+        init = os.path.realpath("/proc/1/exe") if os.access("/proc/1/exe", os.R_OK) else ""  # else of another user
+        if os.getppid() == 1 and init != os.path.realpath("/proc/self/exe"):
             sys.exit(1)  # it died while this process imported its libraries
         threading.Thread(target=_end_by_force, args=(os.getppid(),), daemon=True).start()
 

@@ -148,7 +148,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
-LONGEST = ("test_slurm", "test_strategies", "test_survival", "test_recipes", "test_training", "test_resume")
+LONGEST = ("test_slurm", "test_strategies", "test_survival", "test_signals", "test_recipes", "test_loaders")
+LONGEST += ("test_training", "test_resume")
 
 
 @pytest.fixture(scope="session")

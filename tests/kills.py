@@ -19,7 +19,7 @@ from shared.checkpoint import checkpoints, damage, read_manifest
 VICTIMS = ("one worker", "all workers", "launcher")
 AT = ("start", "step", "step", "tmp-*", "tmp-*/tensors-*", "tmp-*/manifest.json")  # half of them in a save
 STEPS = 5  # that a start may make, at most, before a kill that is not aimed at a save
-BEGINS = "global batch"  # what a run says when the folder is its own
+BEGINS = "batch: "  # what a run says when the folder is its own
 MOST_SECONDS = 300  # of one start
 
 QUIET = ["--logging_steps", "1", "--report_to", "none", "--num_workers", "1"]

@@ -178,4 +178,4 @@ def test_a_worker_whose_launcher_died_while_it_imported_ends():
     process = subprocess.run([sys.executable, "-c", code, ORPHAN], check=True, **options)  # until the orphan has ended
     if "parent 1\n" not in process.stdout:
         pytest.skip("orphans are not init's here")
-    assert process.stdout == "parent 1\n", process.stderr
+    assert (process.stdout, process.stderr) == ("parent 1\n", "")

@@ -248,7 +248,7 @@ def test_a_signal_while_no_batch_comes_ends_the_run(runs, server, tmp_path):
     launch.kill(children(training), signal.SIGSTOP)
     size = 0
     while size < (size := metrics.stat().st_size):
-        time.sleep(1)
+        time.sleep(2)
     launch.kill([training], signal.SIGTERM)
     process = launch.wait()
     assert process.returncode == 1
