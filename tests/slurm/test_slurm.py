@@ -198,7 +198,7 @@ def test_cancelled_job_saves_and_its_chain_goes_on(jobs, local):
     assert "the next job of the chain resumes" in first.wait_completed().log
     jobs.wait_for_step(9, second)
     second.cluster.output("scancel", str(second.number))
-    time.sleep(1)  # SIGTERM goes by two shells and a launcher
+    time.sleep(5)  # SIGTERM goes by two shells and a launcher
     later.unlink()
     second.wait_until("CANCELLED")
     wait_for(lambda: "ended by Slurm; the same command resumes" in second.log, "the end of a cancelled job")
