@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and a run's files in one process: what is kept, set aside, refused, and continues after a failure."""
+"""Checkpoints and a run's files in one process: what is kept, quarantined, refused, and continues after a failure."""
 
 import contextlib
 import errno

@@ -293,7 +293,7 @@ def test_a_damaged_header_is_named_and_costs_what_it_hides(tool, tmp_path, kind,
     for number in range(2, len(train)):
         with pytest.raises(OSError, match="too early"):
             train.images[number]
-    with pytest.raises(UserError, match=r"0.tar cannot be read: it was cut off or damaged"):
+    with pytest.raises(UserError, match=r"0.tar cannot be read: it is truncated or damaged"):
         tool.open_source(str(tmp_path / "train/0.tar"), 0)
 
 

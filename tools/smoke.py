@@ -45,7 +45,7 @@ def smoke(name: str) -> bool:
     begin = time.perf_counter()
     try:
         problem, memory = run(importlib.import_module(name))
-    except Exception:  # a recipe that cannot be imported
+    except Exception:  # a recipe that cannot be imported, or left no result: a row of the table
         problem, memory = traceback.format_exc(), 0
     seconds = time.perf_counter() - begin
     print(f"{name:24}{'fail' if problem else 'pass':8}{seconds:8.1f}{memory / 2**20:10.0f} MiB")

@@ -32,7 +32,7 @@ RESNET = [*QUIET, "--learning_rate", "0.01", "--channels_last"]
 VIT = [*QUIET, "--global_batch_size", "64", "--warmup_epochs", "0.5", "--learning_rate", "1e-3", "--drop_path", "0.1"]
 STRATEGIES = ["cpu", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
-# Stopped within the epoch, and gone on with: recipe, topology, precision, flags.
+# Stopped within the epoch, and resumed: recipe, topology, precision, flags.
 RESUMED = {
     "resnet no": ("resnet", "ddp", "no", RESNET),
     "resnet fp16": ("resnet", "ddp", "fp16", [*RESNET, "--gradient_accumulation_steps", "2"]),
