@@ -41,7 +41,7 @@ test-oldest: setup  ## two steps of every recipe with the oldest versions of pyp
 golden: setup  ## record tests/golden again, after a change that is meant to move the loss curves
 	RECORD_GOLDEN=1 $(BIN)/python -m pytest -m golden --numprocesses 2 --dist loadfile
 
-soak: setup  ## 500 kills of runs that go on (KILLS=50 for fewer); writes benchmarks/results/
+soak: setup  ## 500 kills of runs that resume (KILLS=50 for fewer); writes benchmarks/results/
 	$(BIN)/python tests/soak.py $(KILLS)
 
 fuzz: setup  ## 20,000 damaged JPEGs to the native decoder under AddressSanitizer (CASES=N, SEED=N); writes benchmarks/results/

@@ -150,7 +150,7 @@ def start_seconds(arguments, base: Path) -> tuple[float, float]:
 
 
 def start(arguments, folder: Path, last_step: int) -> float:
-    """Train to this step, the first one of this start; return the seconds until metrics.jsonl has it."""
+    """Start or resume, and train to this step; return the seconds until metrics.jsonl has it."""
     flags = ["--model", arguments.model, "--report_to", "none", "--logging_steps", "1", "--output_dir", folder]
     begin = time.perf_counter()
     process = launch(arguments, ROOT / "recipes/resnet.py", *flags, "--max_steps", last_step)

@@ -85,7 +85,7 @@ UNCOUNTED = {
 
 
 class Collectives(TorchDispatchMode):
-    """Each call of a collective within this context: name, bytes of its whole tensor, size of its group."""
+    """A record of each collective called within this context: name, bytes of its whole tensor, size of its group."""
 
     def __init__(self):
         super().__init__()

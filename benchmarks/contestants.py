@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loaders that loaders.py measures: each function makes an Epoch of the images that it has stored."""
+"""Define the loaders that loaders.py measures: each function makes an Epoch of the images that it has stored."""
 
 import argparse
 import sys

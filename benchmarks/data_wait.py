@@ -6,10 +6,9 @@
 
 Without `--data` the images are crops of scikit-learn's two photographs, 470 x 385 pixels in 91 kB, listed in a CSV
 often enough to make epochs of `--images`; they come from the page cache. Each recipe runs `--max_steps` steps in turn,
-`--rounds` times; of each run only windows of ten steps count that lie within an epoch and after the first forty steps
-(compilation, warm-up). data_wait_fraction is the share of a window that the training loop stood still for a batch.
-Goal: less than 3 % with 16 cores. Writes
-benchmarks/results/data_wait_<hardware>_<date>.json.
+`--rounds` times. Only windows of ten steps that lie within an epoch, and after a run's first forty steps (compilation,
+warm-up), count. data_wait_fraction is the share of a window in which the training loop waited for a batch.
+Goal: less than 3 % with 16 cores. Writes benchmarks/results/data_wait_<hardware>_<date>.json.
 """
 
 import argparse
@@ -101,7 +100,7 @@ def train(recipe: str, data: str, folder: Path, arguments: argparse.Namespace) -
 
 
 def within_epochs(lines: list[dict]) -> Iterator[dict]:
-    """Yield the lines but those of the warm-up and the first of each epoch."""
+    """Yield all lines except those of the warm-up and the first of each epoch."""
     for former, line in itertools.pairwise(lines):
         if former["epoch"] == line["epoch"] and former["step"] >= WARMUP:
             yield line

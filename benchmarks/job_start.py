@@ -4,10 +4,10 @@
     python benchmarks/job_start.py [--rounds 3]
 
 On a Slurm of this machine (tests/slurm/cluster.py; needs Debian's slurm-wlm and munge), with one CPU process on one
-node, in turn: `accelerate launch` by hand; a job by slurm/submit.sh, which has made the preflight before; a job by
-plain sbatch, which makes the preflight itself. Each has a folder of its own. A job starts with the first line of its
-script; the step is done when metrics.jsonl has it. The seconds to the launcher are what the job adds by itself, on a
-machine that is busy with other things too. Prints a table and writes
+node, in turn: `accelerate launch` by hand; a job by slurm/submit.sh, which has run the preflight before; a job by
+plain sbatch, which runs the preflight itself. Each has a folder of its own. A job starts with the first line of its
+script; the step is done when metrics.jsonl has it. The seconds to the launcher are what the job's script adds, even on
+a machine that is busy with other things. Prints a table and writes
 benchmarks/results/job_start_<hardware>_<date>.json.
 """
 

@@ -4,8 +4,9 @@
     python benchmarks/largest.py                              # S to G, 224 px, batch 32, every case
     python benchmarks/largest.py --sizes B,L --cases whole    # some
 
-Each pair is one launch of recipes/vit_zero.py or recipes/vit.py for a few steps on random images; a size is not tried
-where a smaller one had no room, nor are sizes between the named ones. Writes benchmarks/results/largest_*.json.
+Each case and size is one launch of recipes/vit_zero.py or recipes/vit.py for a few steps on random images. A size is
+not tried where a smaller one had no room, nor are sizes between the named ones. Writes
+benchmarks/results/largest_<hardware>_<date>.json.
 """
 
 import argparse

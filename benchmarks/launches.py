@@ -95,7 +95,7 @@ def recipe_and_config(arguments: argparse.Namespace, strategies: dict[str, Strat
 
 
 def build(recipe, accelerator, images: ImageConfig, config) -> tuple:
-    """Build as the recipe's main does: the model, what else its loop takes of a pipeline, the optimizer, the
+    """Build as the recipe's main does: the model, what else the loop of a pipeline takes, the optimizer, the
     scheduler."""
     builders = recipe.build_model, recipe.build_optimizer
     last = [[accelerator] * ("accelerator" in signature(each).parameters) for each in builders]
@@ -201,7 +201,7 @@ def launch(strategy: Strategy, ranks: int, flags: list[str]) -> list:
 
 
 def parse(description: str, strategies: dict[str, Strategy], default_ranks: dict[str, tuple]) -> argparse.Namespace:
-    """Parse the command line; `ranks` becomes those of each model. Default ranks of () are the most that a strategy
+    """Parse the command line; `ranks` becomes a dict of each model's. Default ranks of () are the most that a strategy
     has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = (

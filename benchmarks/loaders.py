@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bake-off: images a second that each loader brings, with this machine's cores, from your images and your disk.
+"""Compare loaders in a bake-off: images a second of each, with this machine's cores, from your images and your disk.
 
     python benchmarks/loaders.py                                         # crops of scikit-learn's two photographs
     python benchmarks/loaders.py --data $DSDIR/imagenet --num_workers 8  # 1,024 of your images
@@ -9,13 +9,13 @@
 It takes `--images` images of `--data` (all that resnet.py reads), stores them below `--work` as class folders, tar
 shards and parquet, and lets each loader make training batches of them: a random crop of 8 to 100 % of the area,
 resized to `--image_size`, mirrored half of the time. The loaders run in turn, round by round, each in a process of its
-own. Its first epoch is not counted, so that files come from the page cache; of ours that epoch is the row's
-cold_images_per_second: what the kernel held of the files is dropped before, and the workers have just started. A
-figure is the median of the rounds, its spread beside it; a loader that fails has its reason in its row. `decode_only`
-is one core that decodes whole JPEGs by simplejpeg: the limit that the others' images_per_core_second may be held
-against. Ours and DALI give uint8, which is normalised (ours also mirrored) on the device; torchvision's reference way,
-timm, webdataset and datasets do all of it on the CPU, as their own examples do. Then a sweep over workers, prefetched
-batches and pinned memory, in rounds too, with a recommendation, and the memory of one worker over twenty epochs.
+own. Its first epoch is not counted, so that files come from the page cache. For our loaders that epoch is the row's
+cold_images_per_second: the page cache is emptied of the files before it, and the workers have just started. A figure
+is the median of the rounds, with its spread beside it; a loader that fails has the reason in its row. `decode_only` is
+one core that decodes whole JPEGs by simplejpeg: a limit to compare the others' images_per_core_second with. Ours and
+DALI give uint8, which is normalised (ours also mirrored) on the device; torchvision's reference, timm, webdataset and
+datasets do all of it on the CPU, as their own examples do. Then follow a sweep over workers, prefetched batches and
+pinned memory, in rounds too, with a recommendation, and the memory of one worker over twenty epochs.
 Writes benchmarks/results/loaders_<hardware>_<date>.json, and a chart beside it.
 """
 
@@ -47,8 +47,8 @@ from shared.images import Batch, Loader, open_data
 from shared.images.loader import PREFETCH, WorkerLoader
 from shared.lifetime import die_with_parent
 
-PAIRS = 20  # of one worker and two, a round
-EPOCHS = 20  # over which a worker's memory is looked at
+PAIRS = 20  # comparisons of one worker with two, in a round
+EPOCHS = 20  # over which a worker's memory is measured
 
 
 def main(args: argparse.Namespace) -> None:
@@ -225,7 +225,7 @@ def measure(make: Callable[[argparse.Namespace], Epoch], args: argparse.Namespac
 
 
 def counted(some: Callable[[], int], least: float) -> dict:
-    """Measure for at least so many seconds. some: loads images and returns their number."""
+    """Measure for at least this many seconds. some: loads images and returns their number."""
     images, processor, begin = 0, processor_seconds(), time.perf_counter()
     while time.perf_counter() - begin < least:
         images += some()
@@ -267,8 +267,8 @@ def sweep_options(args: argparse.Namespace) -> list[dict]:
 
 
 def two_over_one(args: argparse.Namespace) -> dict:
-    """Measure how much faster two workers are than one, and two processes that only decode: more this machine cannot
-    give. They take turns of seconds, since a shared machine's speed changes by the minute. Empty on one core."""
+    """Measure how much faster two workers are than one, and two processes that only decode: the most that this machine
+    can give. They take turns of seconds, since a shared machine's speed changes by the minute. Empty on one core."""
     if cores() < 2:
         return {}
     print("one worker and two, by turns with one decoder and two", file=sys.stderr)
@@ -326,7 +326,7 @@ def endless(case: dict, args: argparse.Namespace) -> Iterator[Batch]:
 
 
 def load_round(case: dict, batches: Iterator[Batch]) -> int:
-    """Load a batch of each worker: they come nearly at once, so that the count would miss one between them."""
+    """Load one batch per worker: they come nearly at the same time, and a count ending between them would be off."""
     return sum(len(next(batches).labels) for _ in range(max(1, case["num_workers"])))
 
 

@@ -242,7 +242,7 @@ def fake_rank(strategy: str, model: str, ranks: int, rank: int, sizes: dict) -> 
     network = vit_fsdp.build_model(images, config, CLASSES, 0)
     network.to = network.to_empty = lambda device: network  # no memory, and no values
     vit_fsdp.init_weights = lambda *_: None
-    vit_tp.strategy = lambda: "ddp" if strategy == "tp" else "fsdp"  # the YAML's to say, for launched ones
+    vit_tp.strategy = lambda: "ddp" if strategy == "tp" else "fsdp"  # in a launch, the YAML decides
     recipe.parallelize(accelerator, network, config, *(() if sizes else (0,)))
     weights = list(network.parameters())
     torch.distributed.destroy_process_group()

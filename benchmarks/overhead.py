@@ -3,10 +3,10 @@
 
     python benchmarks/overhead.py [--epochs 8] [any flag of recipes/resnet.py]
 
-The two take steps in turn, in one process, so that the machine's drift meets both alike; the device is waited for
-after each. The bare loop has neither metrics, digest, gradient norm nor trackers; a third one has the gradient's
-norm, which the recipe logs and by which it finds a step that is not finite. Prints seconds a step of each and the
-ratios step by step, and writes benchmarks/results/overhead_<hardware>_<date>.json. The goal is at most 2 %.
+The loops take steps in turn, in one process, so that a drift of the machine's speed affects all alike; each step waits
+for the device. The bare loop has no metrics, digest, gradient norm or trackers; a third loop has the gradient's norm,
+which the recipe logs and by which it finds a step that is not finite. Prints seconds a step of each and the ratios
+step by step, and writes benchmarks/results/overhead_<hardware>_<date>.json. The goal is at most 2 %.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def build(config: resnet.Config, steps: int) -> tuple:
 def bare_steps(
     device, run_config: RunConfig, config: resnet.Config, dataset: Views, steps: int, with_norm: bool
 ) -> Iterator[None]:
-    """Train as a page of the PyTorch tutorial does, on the same decoded images, a step each time."""
+    """Train as the PyTorch tutorial does, on the same decoded images, one step for each `next`."""
     model, optimizer, scheduler = build(config, steps)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
@@ -138,7 +138,7 @@ def bare_steps(
 
 
 class EpochZero:
-    """Batches of indices as the dataset takes them: pairs of an epoch and an index."""
+    """Batches of samples as the dataset takes them: pairs of an epoch, always 0, and an index."""
 
     def __init__(self, batches: BatchSampler):
         self.batches = batches

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from shared.checkpoint.origin import source, versions
+from shared.checkpoint.origin import hash_of, source, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "deepspeed", "numpy", "pillow", "simplejpeg")
@@ -75,7 +75,7 @@ def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
     """
     now = datetime.now(UTC)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    values = {"what": what, "date": now.isoformat(timespec="seconds"), "command": command, "source": source()}
+    values = {"what": what, "date": now.isoformat(timespec="seconds"), "command": command, "source": _source()}
     values |= {"hardware": hardware()}
     path = ROOT / "benchmarks" / "results" / f"{what}_{hardware_slug()}_{now:%Y-%m-%d}.json"
     path = Path(output).resolve() if output else path
@@ -84,6 +84,12 @@ def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
     if os.path.isdir(os.environ.get("OUT", "")):
         shutil.copy(path, os.environ["OUT"])
     return Path(output) if output else path.relative_to(ROOT)
+
+
+def _source() -> dict:
+    """Return source(), and the hash of the recipes and benchmarks, which benchmarks import and launch."""
+    files = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+    return source() | {"recipes": hash_of(b"".join(path.read_bytes() for path in files))}
 
 
 def _folded(row: dict) -> dict:

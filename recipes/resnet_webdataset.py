@@ -131,7 +131,7 @@ class Streams(IterableDataset):
 
     def _check(self, size: int, workers: int) -> None:
         if self.order.blocks is not None:
-            raise UserError("--shuffle_block has no use: streams shuffle what lies together. Leave it out.")
+            raise UserError("--shuffle_block has no effect: streams shuffle what lies together. Leave it out.")
         if len(self.counts) < self.readers:
             raise UserError(
                 f"{len(self.counts)} shards are fewer than {size} processes x {workers} workers, which read each its "

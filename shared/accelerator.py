@@ -23,12 +23,12 @@ from .launch import forced_cpu, local_world_size, mixed_precision, replicas, str
 from .lifetime import die_with_launcher, meeting
 from .order import micro_batch_size
 
-# Compute capability from which a GPU has the format in hardware; V100 is 7.0 (torch emulates bf16 there and says yes).
+# Least compute capability with the format in hardware. A V100 has 7.0; torch emulates bf16 there and reports support.
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
 
 OTHER_FILES = 1000  # libraries, loaders, logs, checkpoints
 
-# Names of the mesh's dimensions, from the outermost; neighbours in the last one share a node.
+# Names of the mesh's dimensions, outermost first; ranks that are neighbours in the last one share a node.
 MESH = ("pp", "dp", "tp")
 
 
@@ -40,7 +40,7 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
     (pp, dp, tp), or None for a single process.
 
     Raises UserError before any process group is made: for a strategy that the recipe does not support, a precision
-    that the device lacks, sizes that do not multiply to the number of processes, and settings made in two places.
+    that the device lacks, sizes that do not multiply to the number of processes, and settings given in two places.
     """
     die_with_launcher()
     _silence()
@@ -55,10 +55,10 @@ def build_accelerator(seed: int, config, strategies: tuple[str, ...] = ("ddp",))
         accelerator = _accelerator(config, on_cpu)
     assert accelerator.num_processes == world_size()
     torch.set_num_threads(_threads())
-    # NumPy's and torch's generators take 32 bits; a seed that fits is used as it is.
+    # set_seed also seeds NumPy, which takes 32 bits; a seed that fits is used as it is.
     set_seed((seed ^ (seed >> 32) * 0x9E3779B9) % 2**32)
     if not torch.distributed.is_initialized() and any(hasattr(config, name) for name in SIZES):
-        # `python recipes/vit_tp.py --tensor_parallel_size 1`: a group of one process for the code that splits.
+        # `python recipes/vit_tp.py --tensor_parallel_size 1`: code that splits the network needs a group, even of one.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     alone = not torch.distributed.is_initialized()
@@ -112,7 +112,7 @@ def _check_strategy(strategies: tuple[str, ...]) -> None:
         configs = " or ".join(f"accelerate_configs/local_{known}.yaml" for known in strategies)
         raise UserError(f"{name} does not run under {asked}. Launch it with {configs}.")
     if asked in ("fsdp", "hsdp") and variable("FSDP_VERSION", "1") != "2":
-        raise UserError("the YAML asks for the first FSDP. Set fsdp_version: 2 in its fsdp_config.")
+        raise UserError("the YAML asks for FSDP version 1. Set fsdp_version: 2 in its fsdp_config.")
     if asked.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{asked} needs DeepSpeed. Install it (pip install deepspeed), or use local_fsdp.yaml.")
 
@@ -122,10 +122,10 @@ def _mesh_shape(config) -> tuple[int, int, int]:
     world, (tensor, pipeline) = world_size(), (getattr(config, name, 1) for name in SIZES)
     for name, size in zip(SIZES, (tensor, pipeline), strict=True):
         if world % size:
-            raise UserError(f"{world} process(es) are no multiple of --{name} {size}. Change it or --num_processes.")
+            raise UserError(f"{world} processes are not a multiple of --{name} {size}. Change it or --num_processes.")
     if strategy() == "hsdp" and world % replicas():
         raise UserError(
-            f"{world} processes are no multiple of {replicas()} replicas. "
+            f"{world} processes are not a multiple of {replicas()} replicas. "
             "Change --parallelism_config_dp_replicate_size or --num_processes."
         )
     return pipeline, world // (pipeline * tensor), tensor
@@ -141,11 +141,11 @@ def _check_recipes_keys() -> None:
         )
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     if variable("ACCELERATE_GRADIENT_CLIPPING", "auto") != "auto":
-        raise UserError("gradient_clipping stands in the YAML. Remove it there and give --max_grad_norm.")
+        raise UserError("gradient_clipping is set in the YAML. Remove it there and give --max_grad_norm.")
 
 
 def _check_descriptors() -> None:
-    """Refuse a world whose three gloo groups do not fit: each opens a file for every process, and three more."""
+    """Raise UserError where three gloo groups of n processes, each with n + 3 open files, exceed what is allowed."""
     needed = 3 * (world_size() + 3)
     allowed = raise_open_files(needed + OTHER_FILES)
     if world_size() > 1 and allowed < needed:
@@ -157,7 +157,7 @@ def _check_descriptors() -> None:
 
 def _configure_deepspeed(accelerator: Accelerator, config) -> None:
     """Give DeepSpeed the recipe's batch, accumulation and clipping (0 = none) instead of its own defaults."""
-    # With offload DeepSpeed's Adam takes over the groups, and the scheduler misses the steps of torch's.
+    # With offload DeepSpeed's own Adam takes the groups, so the scheduler sees no step of torch's optimizer.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": micro_batch_size(config, data_parallel(accelerator)[1]),
@@ -195,8 +195,8 @@ def settle_buckets(model: nn.Module, sample: Tensor) -> None:
     """Let DDP sort its buckets before the first step: call it after `prepare`, at every start.
 
     DDP sorts its buckets after the first backward, by the order in which gradients arrived. A resumed run would do so
-    at another step than an uninterrupted one and round its sums differently. So one backward of `sample`, a batch of
-    the model's input, is thrown away here.
+    at another step than an uninterrupted one and round its sums differently. So this runs one backward on `sample`, a
+    batch of the model's input, and drops the gradients.
     """
     if isinstance(model, DistributedDataParallel):
         model.eval()  # batch norm's statistics stay as they are

@@ -11,7 +11,7 @@ from .errors import UserError
 
 
 def data_parallel(accelerator: Accelerator) -> tuple[int, int]:
-    """Return the rank and size among the processes that see different samples."""
+    """Return this process's rank among the data-parallel processes, which see different samples, and their number."""
     if accelerator.mesh is None:
         return 0, 1
     return accelerator.mesh.get_local_rank("dp"), accelerator.mesh["dp"].size()

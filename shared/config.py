@@ -18,7 +18,7 @@ from .errors import UserError, say
 from .launch import rank, settle_variables
 from .lifetime import begin
 
-# Other names of our flags that are too unlike them to be found by their letters.
+# Names that users may try for our flags, and whose spelling is too different for difflib.
 ALIASES = {"--lr": "--learning_rate", "--wd": "--weight_decay", "--max_torn": "--max_undecodable"}
 
 
@@ -37,7 +37,7 @@ Fraction = Annotated[float, Range(0, 1)]
 
 @dataclass
 class RunConfig:
-    """How a run goes and where it writes. Only the seed affects what is learned; the rest may change on resume."""
+    """A run's settings. Only the seed affects what is learned; the others may change on resume."""
 
     _argument_group_name = "run"
     seed: Annotated[int, Range(0, 2**63 - 1)] = HfArg(default=0, help="decides weights, sample order and augmentation")
@@ -76,7 +76,7 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}. `--help` lists every flag with its default.")
 
     def format_help(self) -> str:
-        """List the flags: data, model, training (from the field `epochs` on), run."""
+        """List the flags by group: data, model, training (from the field `epochs` on), run."""
         wrapper = textwrap.TextWrapper(min(100, shutil.get_terminal_size().columns), " " * 6, " " * 6)
         lines = [f"usage: {self.prog} [--flag value] ...", "below: --flag [its values] default"]
         for kind in (*self.dataclass_types[1:], self.dataclass_types[0]):
@@ -92,7 +92,7 @@ class _Parser(HfArgumentParser):
 
 
 def _values(hint) -> str:
-    """Describe the values of a type, for a person."""
+    """Describe the values that a type allows, for `--help`."""
     if get_origin(hint) is Literal:
         return ", ".join(get_args(hint))
     if not hasattr(hint, "__metadata__"):
@@ -104,7 +104,7 @@ def _values(hint) -> str:
 def parse(*config_classes: type, arguments: list[str] | None = None) -> tuple:
     """Read the command line into one object of each class.
 
-    arguments: used instead of this program's own, whose process it also prepares (see lifetime.begin).
+    arguments: the words to parse. None: those of this program, whose process is prepared too (see lifetime.begin).
     """
     if arguments is None:
         begin()

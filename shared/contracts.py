@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract between a modality (images, text) and the loop, `Run` and the checkpoints: a loader of batches.
+"""Define what the loop, `Run` and the checkpoints expect of a modality (images, text): a loader of batches.
 
 The order (order.py) decides which samples a step takes; the metric (metrics.py) decides what counts as better.
 """
@@ -26,8 +26,8 @@ class Description(NamedTuple):
 
 class Batch(Protocol):
     """One micro-batch: the model's inputs, and what the run counts. A step's loss is the sum of its samples' losses
-    divided by step_weight; `backward` takes this process's share times parts, which undoes the means that
-    accumulation and data parallelism take."""
+    divided by step_weight; `backward` takes this process's share times parts, which undoes the averaging over
+    accumulation steps and data-parallel processes."""
 
     indices: Tensor  # (B,) int64 on the host: which samples these are; -1 for none
     seeds: Tensor  # (B,) int64: each sample's augmentation seed; the model may draw from it too
@@ -42,11 +42,11 @@ class Loader(Protocol):
     """Batches of this process's share of each step, on the device, from the step given to `starting_at`."""
 
     order: TrainingOrder | EvaluationOrder
-    rejects: str  # what a rejected sample is called in metrics.jsonl: undecodable
-    noted: Callable[[], str]  # set by the run, asked while a batch is waited for: the reason to stop, or ""
+    rejects: str  # the name of rejected samples in metrics.jsonl, such as undecodable
+    noted: Callable[[], str]  # set by the run, called while waiting for a batch: returns the reason to stop, or ""
     starting_at: Callable[[int], "Loader"]
     describe: Callable[[], Description]  # called once, by rank 0, before the first batch
-    compare: Callable[[dict], str]  # takes a former config.json, returns a line on what differs, or ""
+    compare: Callable[[dict], str]  # takes the previous config.json, returns a line on what differs, or ""
     check_rejected: Callable[[int, int], None]  # (rejected, samples): raises UserError where they are too many
 
     def __iter__(self) -> Iterator[Batch]: ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw random numbers that are functions of a key alone: the first law of the collection.
+"""Draw random numbers that are functions of a key alone: the first law in CONTRIBUTING.md.
 
 They are raw 64-bit outputs of Philox (Salmon et al., SC 2011), which NumPy promises never to change, unlike its
 distributions.
@@ -19,7 +19,7 @@ def hash64(*numbers: int) -> int:
 
 
 class _Philox(threading.local):
-    """A generator of each thread's own: setting its state takes a fifth of the time of making a new one."""
+    """A generator for each thread: setting its state takes a fifth of the time that making a new one takes."""
 
     def __init__(self):
         self.generator = np.random.Philox(key=0)
@@ -48,5 +48,5 @@ def augmentation_seed(seed: int, epoch: int, index: int) -> int:
 
 
 def digest(indices: list[int], seeds: list[int]) -> int:
-    """Hash samples and their augmentation seeds in any order: digests of disjoint parts add up (mod 2**64)."""
+    """Hash samples and augmentation seeds, whatever their order: digests of disjoint parts add up (mod 2**64)."""
     return sum(hash64(index, seed) for index, seed in zip(indices, seeds, strict=True)) % 2**64

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can fix, and what a program says."""
+"""Define the error that a user can fix, and print a program's lines."""
 
 import contextlib
 import os
@@ -14,17 +14,17 @@ class UserError(ValueError):
 
 
 def say(line: str, stream=None) -> None:
-    """Print at once, on standard output or the stream."""
+    """Print a line without buffering, on standard output or the stream."""
     print(line, file=stream or sys.stdout, flush=True)
 
 
 def job_folder() -> Path | None:
-    """Return the folder in which slurm/launch.sh and the processes that it started leave each other messages."""
+    """Return the folder in which slurm/launch.sh and its processes leave each other messages; None without it."""
     return Path(os.environ["RECIPES_JOB_FOLDER"]) if "RECIPES_JOB_FOLDER" in os.environ else None
 
 
 def tell_job(name: str, text: str) -> None:
     """Write a file into job_folder(), for slurm/launch.sh."""
     if folder := job_folder():
-        with contextlib.suppress(OSError):  # the folder goes with the job
+        with contextlib.suppress(OSError):  # the folder is removed when the job ends
             (folder / name).write_text(text, errors="backslashreplace")

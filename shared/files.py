@@ -34,8 +34,8 @@ def take_lock(path: Path, what: str, seconds: float) -> FileLock:
 
 
 def make_once(path: Path, write: Callable[[Path], object], is_there: Callable[[Path], bool] = Path.exists) -> Path:
-    """Return `path`, a file or folder of a cache. Where it is missing, `write` makes it under a temporary name, or
-    another process that is making it is waited for.
+    """Return `path`, a file or folder of a cache. Where it is missing, let `write` make it under a temporary name, or
+    wait for another process that is making it.
 
     Raises UserError where it cannot be written.
     """
@@ -57,7 +57,7 @@ def make_once(path: Path, write: Callable[[Path], object], is_there: Callable[[P
 
 @contextlib.contextmanager
 def complete(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write a file or folder under; it is renamed when the block ends, removed when it
+    """Yield a temporary name for a file or folder. Rename it to `path` when the block ends; remove it when the block
     fails."""
     partial = partial_of(path)
     try:
@@ -69,12 +69,12 @@ def complete(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return a name beside `path` that no other process of any host uses."""
+    """Return a name beside `path` that no other process uses, on any host."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
 def remove_partials(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left of the file `name`, or of any, below a folder: hold the lock on it."""
+    """Remove the partial files of `name`, or all, that killed processes left below a folder; hold the lock on it."""
     for path in list(folder.rglob(f".{glob.escape(name)}*.partial")):
         _remove(path)
 
@@ -87,7 +87,7 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Replace the file in one piece. Raises OSError, and then leaves the former one whole."""
+    """Replace the file atomically; where that fails, raise OSError and keep the old one."""
     replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
@@ -109,7 +109,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def raise_open_files(wanted: int) -> int:
-    """Raise this process's limit on open files to `wanted`, or as far as the system allows; return the limit."""
+    """Raise this process's limit on open files to `wanted`, or as near as the system allows; return that number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the launcher's variables (no other module does), and refuse by name those that another launch left over."""
+"""Read the launcher's variables (no other module does), and refuse those that are left over from another launch."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT",
 NUMBERS = (*LAUNCH[:5], "PARALLELISM_CONFIG_DP_REPLICATE_SIZE")
 FLAGS = ("ACCELERATE_USE_", "ACCELERATE_DEBUG_MODE")
 READ = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "OMP_NUM_THREADS", "PMI_", "OMPI_COMM_", "MV2_COMM_", *LAUNCH)
-OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads them beside WORLD_SIZE
+OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads them like WORLD_SIZE
 WORDS = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
 # Variables that say how a run was launched. Slurm's may hold secrets (SLURM_JWT): only the named ones are recorded.
@@ -30,7 +30,7 @@ SECRETS = re.compile("JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class Launch(NamedTuple):
-    """The facts that a recipe's `check` may refuse before its processes meet; the preflight makes one from a plan."""
+    """A launch's facts, which a recipe's `check` may refuse before processes meet; the preflight makes one too."""
 
     strategy: str  # ddp, fsdp, hsdp or zero1 to zero3
     precision: str  # no, fp16, bf16 or fp8
@@ -46,13 +46,13 @@ def this_launch() -> Launch:
 def settle_variables() -> None:
     """Bring the launcher's variables into the form that accelerate and torch read, and drop empty ones.
 
-    Raises UserError for a value without a meaning, and for a launch with a variable missing.
+    Raises UserError for a meaningless value, and for a launch with a variable missing.
     """
     for name, value in [(name, value) for name, value in os.environ.items() if name.startswith(READ)]:
         if not value.strip():
             del os.environ[name]
         elif name in NUMBERS and not value.isdecimal():
-            raise left_over(f"{name}={value} is no number", name)
+            raise left_over(f"{name}={value} is not a number", name)
         elif name.startswith(FLAGS):
             if value.lower() not in WORDS:
                 raise left_over(f"{name}={value} is neither true nor false", name)
@@ -66,7 +66,7 @@ def settle_variables() -> None:
 def program() -> tuple[Path, bytes]:
     """Return the path and the content of the running program; the content is empty where it is not a file.
 
-    It is read once, at the start, for it may be edited while the data is listed.
+    It is read once, at the start, since it may be edited while the data is listed.
     """
     path = Path(sys.argv[0])
     return path, path.read_bytes() if path.is_file() else b""
@@ -80,7 +80,7 @@ def _settle_choices() -> None:
     name = "ACCELERATE_MIXED_PRECISION"
     precision = os.environ.get(name, "no").lower()
     if precision not in PRECISIONS:
-        raise left_over(f"{name}={precision} is none of {', '.join(PRECISIONS)}", name)
+        raise left_over(f"{name}={precision} is not one of {', '.join(PRECISIONS)}", name)
     if name in os.environ:
         os.environ[name] = precision
     name = "ACCELERATE_DYNAMO_BACKEND"
@@ -93,13 +93,13 @@ def _check_launch() -> None:
     """Require all of a launch's variables, or none: then it is one process without a launcher."""
     for name in OTHERS:
         if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
-            raise left_over(f"{name}={os.environ[name]}, but MPI starts no recipe: accelerate launch does", name)
+            raise left_over(f"{name}={os.environ[name]}, but MPI starts no recipe: use accelerate launch", name)
     given = [name for name in LAUNCH if name in os.environ]
     rank, local_rank = (int(os.environ.get(name, 0)) for name in LAUNCH[:2])
     world, local = (int(os.environ.get(name, 1)) for name in LAUNCH[2:4])
     missing = [name for name in LAUNCH if name not in (*given, "LOCAL_WORLD_SIZE")]
     if rank >= world or ("LOCAL_WORLD_SIZE" in given and local_rank >= local):
-        raise left_over(f"{_values(given)} name no process", *given)
+        raise left_over(f"{_values(given)} do not describe a process of a launch", *given)
     if missing and world > 1:
         raise left_over(f"{_values(given)}, but no {', '.join(missing)}", *given)
     if missing:
@@ -110,7 +110,7 @@ def _check_launch() -> None:
 def never_met(seconds: int) -> UserError:
     """Return the error for a launch whose processes did not all arrive."""
     given = [name for name in LAUNCH if name in os.environ]
-    return left_over(f"{_values(given)}, but not all of these processes came within {seconds} s", *given)
+    return left_over(f"{_values(given)}, but not all of these processes connected within {seconds} s", *given)
 
 
 def _values(names: list[str]) -> str:
@@ -171,7 +171,7 @@ def replicas() -> int:
 
 
 def forced_cpu() -> bool:
-    """Return whether `use_cpu` of a YAML, or local_cpu.yaml, which hides the GPUs, keeps the launch off them."""
+    """Return whether the YAML keeps the launch off GPUs: by `use_cpu`, or by hiding them as local_cpu.yaml does."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
     return hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
 

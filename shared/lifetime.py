@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begin and end a process: its streams, one line for an error, a parent that died."""
+"""Begin and end a process: guard its streams, print an error as one line, end when its parent dies."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 from .errors import UserError, tell_job
 from .launch import error_file, launched, never_met, rank, under_torchrun, world_size
 
-PATIENCE = 60  # seconds for processes that no launcher watches to meet
+PATIENCE = 60  # seconds in which processes must meet where no launcher watches them
 
 
 class _Stream(io.FileIO):
@@ -31,8 +31,8 @@ class _Stream(io.FileIO):
 
 
 def begin() -> None:
-    """Prepare a program's process. From here on no print fails; an uncaught UserError ends it with one `error:` line
-    from rank 0 and exit status 1; an interrupt before there is a run to save ends it with status 130."""
+    """Prepare a program's process. From here on no print fails. An uncaught UserError ends it with one `error:` line
+    from rank 0 and exit status 1; an interrupt, before there is a run to save, ends it with status 130."""
     sys.excepthook = one_line
     for number in range(3):
         try:
@@ -56,7 +56,7 @@ def _unfailing(number: int, former: io.TextIOWrapper | None) -> io.TextIOWrapper
 
 
 def one_line(kind, error, trace) -> None:
-    """Say what ended the program, as sys.excepthook."""
+    """Report what ended the program; used as sys.excepthook."""
     if isinstance(error, UserError):
         tell_job(f"error-{rank()}.txt", f"error: {error}\n")
         if rank() and not error.alone:
@@ -68,7 +68,7 @@ def one_line(kind, error, trace) -> None:
     elif isinstance(error, KeyboardInterrupt):
         print("\ninterrupted", file=sys.__stderr__, flush=True)
         end_workers()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's loop stops only at a death by signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a loop in a shell stops only for a death by signal
         os.kill(os.getpid(), signal.SIGINT)
     else:
         tell_job(f"error-{rank()}.txt", "".join(traceback.format_exception(kind, error, trace)))
@@ -77,12 +77,12 @@ def one_line(kind, error, trace) -> None:
 
 
 def end_at_once(error: UserError) -> None:
-    """Print the line and exit, from any thread."""
+    """Print the error's line and exit with status 1, from any thread."""
     _tell_launcher(f"error: {error}")
     # sys.stderr is a buffer here: init_process_group wraps the hook to prefix its output with the rank.
     print(f"error: {error}", file=sys.__stderr__, flush=True)
     sys.stdout.flush()
-    end_workers()  # new ones might not notice
+    end_workers()  # those that have just started might not notice
     # Threads of a half-made process group could abort a normal exit and print over the line.
     os._exit(1)
 
@@ -116,8 +116,8 @@ def meeting() -> Iterator[None]:
 
 
 def die_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> None:
-    """Ask the kernel to send this process a signal when its parent ends: in a child, as Popen's preexec_fn or a
-    worker's first line. A launcher needs SIGTERM, to end its own workers.
+    """Ask the kernel to send this process a signal when its parent ends. Call it in the child: as Popen's preexec_fn,
+    or first in a worker. A launcher needs SIGTERM, to end its own workers.
 
     parent: the process ends at once if this is no longer its parent.
     """
@@ -145,9 +145,9 @@ def die_with_launcher() -> None:
     it may wait for a peer that is gone."""
     if launched() and sys.platform == "linux":
         die_with_parent()
-        init = os.path.realpath("/proc/1/exe") if os.access("/proc/1/exe", os.R_OK) else ""  # else of another user
+        init = os.path.realpath("/proc/1/exe") if os.access("/proc/1/exe", os.R_OK) else ""  # "": another user's
         if os.getppid() == 1 and init != os.path.realpath("/proc/self/exe"):
-            sys.exit(1)  # it died while this process imported its libraries
+            sys.exit(1)  # the launcher died while this process imported its libraries
         threading.Thread(target=_end_by_force, args=(os.getppid(),), daemon=True).start()
 
 

@@ -50,6 +50,6 @@ class Evaluation:
         correct, loss, count, rejected = all_reduce_sum(accelerator, sums)
         assert count + rejected == expected_samples, f"{count} + {rejected} of {expected_samples} were evaluated"
         if not count:
-            raise UserError(f"not one of {expected_samples} held-out images can be decoded; each is named above.")
+            raise UserError(f"none of {expected_samples} held-out images can be decoded. Fix those named above.")
         left_out = {"eval_undecodable": int(rejected)} if rejected else {}
         return {"accuracy": correct / count, "eval_loss": loss / count, "eval_samples": int(count), **left_out}

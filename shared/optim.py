@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups, and learning rates as functions of the global step."""
+"""Build parameter groups, and learning rates as functions of the global step; clip gradients."""
 
 import math
 

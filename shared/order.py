@@ -16,17 +16,17 @@ from .errors import UserError
 
 class Blocks(NamedTuple):
     """A shuffle that reads few files at a time: the shards in random order, then the samples of each `size` shards,
-    window after window. A shard's samples always fall into one window, which does no harm where shards were filled at
-    random, as tools/pack.py does, but does where each shard holds one class."""
+    window after window. A shard's samples always fall into one window: harmless where shards were filled at random, as
+    by tools/pack.py, and harmful where each shard holds one class."""
 
     shard: np.ndarray  # (samples,): each sample's shard
     size: int
 
 
 def micro_batch_size(config, size: int) -> int:
-    """Return the samples in a forward of one of `size` data-parallel processes.
+    """Return the number of samples in one forward of each of `size` data-parallel processes.
 
-    config holds global_batch_size and gradient_accumulation_steps. Raises UserError where they do not divide.
+    config holds global_batch_size and gradient_accumulation_steps. Raises UserError where the batch does not divide.
     """
     batch, parts = config.global_batch_size, size * config.gradient_accumulation_steps
     if batch % parts:
@@ -54,11 +54,11 @@ class TrainingOrder:
         blocks: Blocks | None = None,
         weights: np.ndarray | None = None,
     ):
-        """rank, size: among the data-parallel processes. weights: (samples,), of each in a step's loss, such as its
-        number of tokens; None is 1 each."""
+        """rank, size: as collectives.data_parallel returns them. weights: (samples,), of each sample in a step's
+        loss, such as its number of tokens; None is 1 each."""
         if samples < global_batch_size:
             raise UserError(
-                f"{samples} training images do not fill one global batch. "
+                f"{samples} training samples do not fill one global batch. "
                 f"Give --global_batch_size {samples} or less (it is {global_batch_size})."
             )
         self.samples, self.global_batch_size, self.micro_batch_size = samples, global_batch_size, micro_batch_size
@@ -66,16 +66,16 @@ class TrainingOrder:
         self.first = rank * self.share
         self.seed, self.blocks, self.weights = seed, blocks, weights
         self.step = 0
-        self.drawn: tuple[int, np.ndarray] | None = None  # the last epoch's permutation
+        self.drawn: tuple[int, np.ndarray] | None = None  # the epoch and permutation that step_weight drew last
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of whole global batches; an incomplete last one is dropped."""
+        """Return the number of whole global batches; an incomplete last one is dropped."""
         return self.samples // self.global_batch_size
 
     @property
     def parts(self) -> int:
-        """The number of micro-batches in a global step, over accumulation and data-parallel processes."""
+        """Return the number of micro-batches in a global step, over accumulation and data-parallel processes."""
         return self.global_batch_size // self.micro_batch_size
 
     def step_weight(self, step: int) -> float:
@@ -92,7 +92,7 @@ class TrainingOrder:
         return (self.steps_per_epoch - self.step % self.steps_per_epoch) * (self.share // self.micro_batch_size)
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Return (samples,): the order of an epoch, with its incomplete last batch."""
+        """Return (samples,): the order of an epoch, including its incomplete last batch."""
         draws = random_bits(self.samples, self.seed, epoch)
         if self.blocks is None:
             return np.argsort(draws, kind="stable")

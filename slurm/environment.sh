@@ -1,9 +1,10 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
-# Which python a job uses: sourced by submit.sh, which checks the job with it, and by launch.sh.
+# Choose the python that a job uses. Sourced by submit.sh, which checks the job with it, and by launch.sh.
 
-# Put the active environment, of venv or conda, first: a module that was loaded after it may come before it. False where
-# there is none, where it cannot import accelerate, and where it is a module's, which was for the login node's GPUs.
+# Put the active environment, of venv or conda, first in PATH: a module that was loaded after it may come before it.
+# False where there is none, where it cannot import accelerate, and where a module brought it: that was loaded on the
+# login node, for other GPUs.
 use_active_environment() {
     local own=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
     [[ -x $own/bin/python ]] || return 1

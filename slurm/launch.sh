@@ -50,7 +50,7 @@ load_environment() {
     if [[ ${RECIPES_SETUP:-} ]]; then source "$RECIPES_SETUP" || fail "RECIPES_SETUP failed: $RECIPES_SETUP."; fi
 }
 
-# A text in the machine's entry of the table, read before there is a python.
+# Print a text of the machine's entry in the table; there may be no python yet.
 fact() {
     sed -n "/^\[$MACHINE\]/,/^\[/s/^$1 *= *[\"']\([^\"']*\).*/\1/p" "$ROOT/slurm/machines.toml"
 }
@@ -73,7 +73,7 @@ read_words() {
     [[ -f $recipe ]] || fail "no recipe $recipe in $PWD. Submit from its folder's parent, or give its whole path."
 }
 
-# The words of this task's line of a sweep's file, quoted as in a shell.
+# Add the words of this task's line of a sweep's file, quoted as in a shell.
 add_line() {
     local line words
     [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "@$1 needs --array=1-N: one task a line."
@@ -83,7 +83,7 @@ add_line() {
     flags+=("${words[@]}")
 }
 
-# Into an array, at spaces outside quotes, as the preflight does it.
+# Split a text into an array, at spaces outside quotes, as the preflight does.
 split() {
     local quoted
     quoted=$(python -S -c 'import shlex, sys; print(*map(shlex.quote, shlex.split(sys.argv[1])))' "$2" 2>/dev/null) ||
@@ -91,7 +91,7 @@ split() {
     eval "$1=($quoted)"
 }
 
-# An array's last task shares its plain number with the whole array.
+# Name a task by the array's number and its own: SLURM_JOB_ID of the last task is the array's number.
 name_job() {
     job=$SLURM_JOB_ID
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
@@ -152,7 +152,7 @@ begin_preflight() {
     checker=$!
 }
 
-# What it refuses is the last that the log says.
+# Let a refusal be the last thing in the log.
 end_preflight() {
     if [[ $checker ]]; then wait_for "$checker"; fi
     if [[ -e $RECIPES_JOB_FOLDER/refused ]]; then
@@ -183,14 +183,14 @@ prepare_environment() {
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 }
 
-# What DeepSpeed compiles is for one kind of processor, one torch and one environment, and is built again where two share it.
+# What DeepSpeed compiles fits one kind of processor, one torch and one environment: two that share it rebuild it.
 build_of_torch() {
     python -c 'import sys, zlib; from importlib.metadata import version
 print("torch" + version("torch"), f"{zlib.crc32(sys.prefix.encode()):08x}", sep="-")' 2>/dev/null
 }
 
-# What this shell and the processes of this start tell each other, on a file system that all nodes see: unchecked and
-# refused, STOP, run_folder, error-RANK.txt.
+# Make the folder in which this shell and the processes of this start leave each other messages, on a file system that
+# all nodes see: unchecked and refused, STOP, run_folder, error-RANK.txt.
 prepare_job_folder() {
     if [[ -d ${JOBSCRATCH:-} ]]; then
         export RECIPES_JOB_FOLDER=$JOBSCRATCH/recipes-$job
@@ -214,7 +214,7 @@ watch_time() {
         if ((end > now)); then export SLURM_JOB_END_TIME=$end; fi
     fi
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
-    # --signal=B:USR1@600 comes at the start of a job of ten minutes; such a short one has the end time alone.
+    # --signal=B:USR1@600 comes at the start of a job of ten minutes; such a short job relies on its end time alone.
     if ((end > now && end - now < 1200)); then
         trap 'trapped=1' USR1
     elif [[ ${early:-} ]]; then
@@ -229,7 +229,7 @@ launch() {
     words=(--config_file "$config" --num_machines "$nodes" --num_processes $((nodes * per_node)))
     address=${MASTER_ADDR:-${hosts[0]}}
     words+=(--main_process_ip "$address" --main_process_port "$(free_port)")
-    # The YAML's own values of these two are ignored; c10d would sort the nodes again.
+    # accelerate ignores a YAML's values of these two; the c10d backend would order the nodes by itself.
     words+=(--rdzv_backend static --same_network)
     # Each line of the log carries its node and local rank; on_node says where the files lie.
     words+=(--tee 3)
@@ -238,7 +238,7 @@ launch() {
     # srun would take these as its own options, which a job or a step has left in the shell that you submit from.
     unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPU_BIND SLURM_GPUS SLURM_GPUS_PER_{NODE,SOCKET,TASK}
     unset SLURM_NTASKS_PER_{CORE,GPU,SOCKET}
-    # A process group of its own: Slurm then signals this shell alone. srun would kill what is to write a checkpoint.
+    # A process group of its own: Slurm then signals this shell alone. srun would kill processes that have yet to save.
     set -m
     srun --export=ALL "${tasks[@]}" --kill-on-bad-exit=1 --wait=60 --label bash -c 'on_node "$@"' on_node \
         "$address" "${hosts[-1]}" "${words[@]}" "${more[@]}" "$recipe" "${flags[@]}" </dev/null &
@@ -247,8 +247,8 @@ launch() {
     wait_for "$step"
 }
 
-# One of the job's own or, where somebody uses that on this node, the first of the job, the next that no neighbour begins
-# with: jobs with the next numbers start in this moment.
+# Print a free port of the job's first node, which this is. The search begins at a port derived from the job's number
+# and takes every 101st: jobs with neighbouring numbers, which may start at the same time, begin at ports next to it.
 free_port() {
     python -S - "$((10000 + SLURM_JOB_ID % 20000))" <<'PYTHON'
 import socket, sys
@@ -264,7 +264,7 @@ for port in range(int(sys.argv[1]), 65536, 101):
 PYTHON
 }
 
-# On each node, once: the launcher of its processes. SLURM_NODEID must be read here, or every node is the first.
+# Run once on each node: start its launcher. SLURM_NODEID must be read here, or every node would be the first.
 on_node() {
     local trapped launcher logs interface status=0
     trap 'trapped=1; touch "$RECIPES_JOB_FOLDER/STOP"' USR1 USR2
@@ -275,10 +275,10 @@ on_node() {
         export GLOO_SOCKET_IFNAME=$interface
     fi
     shift 2
-    # What the processes print goes by files of the node: a quota that is full costs no run its words.
+    # What the processes print goes through files on the node's own disk: a full quota does not stop it.
     logs=$(mktemp -d -p /tmp recipes-XXXXXX 2>/dev/null) || logs=$(mktemp -d -p "$RECIPES_JOB_FOLDER" log-XXXXXX)
-    # In a group of its own too, and told once: Slurm repeats SIGTERM, and the second one ends a launcher that waits for
-    # its workers to save.
+    # In a group of its own too, and signalled once: Slurm repeats SIGTERM, and a second one ends a launcher that waits
+    # for its workers to save.
     set -m
     (
         # The launcher would die of them; the training processes have handlers of their own.
@@ -291,13 +291,13 @@ on_node() {
     wait_for "$launcher" || status=$?
     if ((status)); then report_failure "$logs"; fi
     rm -rf "$logs"
-    # srun ends the other nodes with this one: leave them the time to say what they know.
+    # srun ends the other nodes with this one: leave them time to report.
     if ((status && SLURM_JOB_NUM_NODES > 1)); then sleep 5; fi
     return "$status"
 }
 
-# The interface on the way to the first node; from the first node itself, where its name may stand for the loopback, to
-# the last one. gloo would take the one of the node's own name, which may lead nowhere.
+# Print the interface on the way to the first node; on the first node itself, whose name may stand for the loopback, on
+# the way to the last one. gloo would take the interface of the node's own name, which may not reach the others.
 interface_to() {
     python -S -c 'import fcntl, socket, struct, sys
 SIOCGIFADDR = 0x8915
@@ -320,7 +320,7 @@ for address in sys.argv[1:]:
 sys.exit(1)' "$@"
 }
 
-# From torchrun's report, into died-RANK.txt: its first process that failed, by which status, and its last words.
+# Write into died-RANK.txt, from torchrun's report: exit status and last lines of the first process that failed.
 report_failure() {
     local rank local_rank code
     sleep 0.2 # tee ends a moment later
@@ -358,14 +358,14 @@ conclude() {
     elif [[ $state == interrupted ]]; then
         requeue "$reason"
     elif ((nodes > 1)) && ! nodes_answer && (($(grep -c '(a node does not answer)' "/proc/$$/fd/1") < 2)); then
-        # Twice at most, by this log: what else could be wrong with srun must not be tried for ever.
+        # At most twice, counted in this log: srun may fail for another reason, which must not be retried for ever.
         requeue "a node does not answer"
     else
         show_first_error "$status"
     fi
 }
 
-# Status and stop_reason of what this start did; nothing where it came to nothing.
+# Print the status (stale: an earlier start's) and stop_reason of the run; nothing where there is no summary.json.
 run_state() {
     local summary
     summary=$(cat "$RECIPES_JOB_FOLDER/run_folder" 2>/dev/null)/summary.json
@@ -396,8 +396,8 @@ nodes_answer() {
     timeout 60 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --overlap --quiet true </dev/null 2>/dev/null
 }
 
-# The last lines of the log: what came first. A process that was killed leaves its peers with an error about their
-# connection, at the same instant; one that failed before it had begun leaves no error-RANK.txt.
+# Print, as the last lines of the log, the error that came first. A process that was killed leaves its peers with an
+# error about their connection, at the same moment; one that failed before it had begun leaves no error-RANK.txt.
 show_first_error() {
     local first killed rank number
     killed=$(grep -lsxE -- '-(4|7|8|9|11)' "$RECIPES_JOB_FOLDER"/died-*.txt | head -n 1) || true
@@ -408,7 +408,7 @@ show_first_error() {
     if [[ $killed ]]; then
         sed 1d "$killed"
         read -r number <"$killed"
-        echo "error: rank $rank was killed by SIG$(kill -l "${number#-}"), by the system where memory was short." >&2
+        echo "error: rank $rank was killed by SIG$(kill -l "${number#-}"), probably because the node ran out of memory." >&2
     elif [[ $first == */died-* ]]; then
         sed 1d "$first"
     elif [[ $first ]]; then

@@ -36,7 +36,7 @@ SHORT = ["--epochs", "4", "--max_steps", "12", "--image_size", "16", "--logging_
 
 
 def blocks(document: Path, language: str = "bash") -> list[str]:
-    """The code of a document."""
+    """Return the blocks of code of a document."""
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.S)
 
 
@@ -73,12 +73,12 @@ class Result:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def series(self, name: str) -> list:
-        """One value a step (or an evaluation), in the order of the file."""
+        """Return one value per step (or evaluation), in the order of the file."""
         return [line[name] for line in self.lines if name in line]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what a launcher, pytest or torch.compile may have left in it.
+    """Return this process's variables, without those that a launcher, pytest or torch.compile may have left.
 
     One thread per process: on a shared machine the threads of one process mostly wait for each other.
     """
@@ -92,7 +92,7 @@ def wait_for(condition: Callable[[], object], what: str = "", seconds: float = 1
     """Return the condition's first true value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain. {what}"
+        assert time.monotonic() < end, f"timed out after {seconds:.0f} s. {what}"
         time.sleep(every)
     return value
 
@@ -107,8 +107,8 @@ def flip(path: Path) -> None:
 def python(
     *arguments: str, cwd: Path = ROOT, timeout: float = 300, server: forked.Server | None = None
 ) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS` by the suite's interpreter, which the server forks where one is given; ARGUMENTS may begin
-    with those of launch_command."""
+    """Run `python ARGUMENTS` by the suite's interpreter, which the server forks where one is given; ARGUMENTS may
+    begin with those of launch_command."""
     options = {"cwd": cwd, "env": environment(), "timeout": timeout}
     if server and arguments[0] == "-m":
         return server.launch([*arguments[2:]], apart=True, **options)
@@ -119,7 +119,7 @@ def python(
 
 
 def launch_command(num_processes: int = 1, config_file: str = "local_ddp.yaml", **flags: str) -> list[str]:
-    """The words of `accelerate launch` up to the recipe; keywords become launcher flags."""
+    """Return the words of `accelerate launch` up to the recipe; keywords become launcher flags."""
     words = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / config_file)]
     words += ["--num_processes", str(num_processes)]
     return words + [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -142,7 +142,7 @@ def train(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """With NO_SKIPS=1, which .ci/run sets, a test that cannot run here has failed."""
+    """Fail a skipped test under NO_SKIPS=1, which .ci/run sets."""
     report = yield
     if report.skipped and os.environ.get("NO_SKIPS"):
         report.outcome, report.longrepr = "failed", f"NO_SKIPS is set, but: {report.longrepr[-1]}"
@@ -150,7 +150,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that the processes that run tests end together; Slurm's, which waits, before all."""
+    """Sort the longest files first, so that the processes that run tests end together; Slurm's, which waits, is the
+    very first."""
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
@@ -180,7 +181,7 @@ def deepspeeds_parts(worker_id) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[forked.Server]:
-    """For all launches and commands but the one of each kind that is started as a user starts it."""
+    """Fork all launches and commands but the one of each kind that is started as a user starts it."""
     server = forked.Server(environment(), tmp_path_factory.mktemp("server"))
     server.open()
     yield server
@@ -205,13 +206,13 @@ def made_once(tmp_path_factory, worker_id) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def demo(server, made_once) -> Result:
-    """The demonstration, whole: one process, every default. Other tests read it meanwhile: change a copy."""
+    """Run the whole demonstration: one process, every default. Other tests read it meanwhile: change a copy."""
     return made_once("demo", lambda folder: train(folder, "--logging_steps", "1", server=server))
 
 
 @pytest.fixture(scope="session")
 def topologies(server, made_once) -> dict[tuple[int, int], Result]:
-    """(processes, accumulation steps) -> the same twelve steps; also another number of loader workers in each."""
+    """Run the same twelve steps by (processes, accumulation steps), with another number of loader workers in each."""
     workers = {(1, 1): 0, (2, 1): 1, (4, 1): 3, (1, 4): 1}
 
     def make(processes: int, accumulation: int) -> Callable[[Path], Result]:
@@ -229,7 +230,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 def digits_folder(root: Path) -> Path:
-    """Into a folder that is there; see image_folder."""
+    """Fill an existing folder; see image_folder."""
     digits = load_digits()
     for label in range(10):
         for number, index in enumerate(np.flatnonzero(digits.target == label)[:30]):

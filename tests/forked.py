@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands without their imports, which take most of a short run: a server that imported everything forks them.
+"""Run commands without their imports, which take most of a short run: a server that imported everything forks them.
 
 `Server.python` is `python SCRIPT ...`, and `Server.launch` is `accelerate launch ...`. The launcher reads the YAML and
-sets the environment as ever; only torchrun's agent, which would start each worker as a new Python, is replaced by
-forks of this one. Each command is processes of its own, with the environment that was asked for and no other. One real
-command of each kind stays in the suite; the others are forked.
+sets the environment as usual; only torchrun's agent, which would start each worker as a new Python, is replaced by
+forks of this one. Each command has processes of its own, with the environment that was asked for and no other. One
+real command of each kind stays in the suite; the others are forked.
 """
 
 import atexit
@@ -41,7 +41,7 @@ class Server:
         self.environment, self.folder, self.process, self.started = environment, folder, None, 0
 
     def open(self) -> None:
-        """Let the server begin with its imports, which nobody waits for yet."""
+        """Start the server, without waiting for its imports."""
         if not self.process:
             options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
             self.process = subprocess.Popen([sys.executable, __file__], env=self.environment, cwd=ROOT, **options)
@@ -55,15 +55,15 @@ class Server:
         return self.start(words, **options).wait(timeout)
 
     def start_python(self, words: list, **options) -> "Launch":
-        """With an stderr of its own; see _start."""
+        """Start `python WORDS`, with stderr apart; see _start."""
         return self._start("python", words, ("output", "errors"), **options)
 
     def start(self, words: list, *, apart: bool = False, **options) -> "Launch":
-        """With stdout and stderr in one, or apart; see _start."""
+        """Start `accelerate launch WORDS`, with stdout and stderr in one file, or apart; see _start."""
         return self._start("launch", words, ("output", "errors" if apart else "output"), **options)
 
     def _start(self, kind: str, words: list, names: tuple[str, str], *, cwd: Path = ROOT, env: dict | None = None):
-        """env None is the server's own; another one is the whole of the command's environment."""
+        """Let the server fork a command. env: the command's whole environment; None is the server's."""
         env = self.environment if env is None else env
         changed = {name for name, _ in env.items() ^ self.environment.items() if name.startswith(READ_AT_IMPORT)}
         assert not changed, f"only a new interpreter reads another {', '.join(sorted(changed))}: use conftest.python"
@@ -102,7 +102,7 @@ class Launch:
 
     @property
     def workers(self) -> list[int]:
-        """Return those that still live, by rank."""
+        """Return the workers that are still alive, by rank."""
         return children(self.pid)
 
     @property
@@ -113,7 +113,7 @@ class Launch:
         return self.status is not None
 
     def wait(self, timeout: float = MOST_SECONDS) -> subprocess.CompletedProcess:
-        """Until the command ends; workers may outlive a launcher that was killed."""
+        """Wait until the command ends; workers may outlive a launcher that was killed."""
         if self.status is None:
             self._wait(timeout)
         output, errors = self.output.read_text(), self.errors.read_text() if self.errors != self.output else ""
@@ -138,7 +138,7 @@ class Launch:
 
 
 def children(pid: int) -> list[int]:
-    """In the order of their making."""
+    """Return a process's children, in the order in which they were made."""
     with contextlib.suppress(FileNotFoundError):
         return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     return []
@@ -168,7 +168,7 @@ def serve(answers: int) -> dict:
 
 
 def fork_workers(arguments) -> None:
-    """In the place of torchrun: one fork a process; where one fails the others are stopped, as torchrun does."""
+    """Fork the workers in place of torchrun; where one fails, stop the others, as torchrun does."""
     count = int(arguments.nproc_per_node)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -223,7 +223,7 @@ def python(words: list[str]) -> None:
 
 
 def run_script(words: list[str]) -> None:
-    """As the interpreter does: runpy would change sys.argv, and end the module before its atexit functions."""
+    """Run a script as Python does: runpy would change sys.argv, and end the module before its atexit functions."""
     sys.argv, main = words, types.ModuleType("__main__")
     main.__file__ = os.path.abspath(words[0])
     sys.modules["__main__"] = main

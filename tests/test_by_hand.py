@@ -65,7 +65,7 @@ def test_each_piece_by_hand_is_its_dense_layer(server, processes):
     assert all(float(value) <= 1e-5 for _, value in rows)
 
 
-def test_what_is_saved_by_hand_goes_on_by_hand_and_under_other_strategies(server, runs, plain):
+def test_what_is_saved_by_hand_resumes_by_hand_and_under_other_strategies(server, runs, plain):
     """On four processes to step 4, on two to step 8, without any to the end, in one folder each; and vit.py's own
     checkpoint under this recipe."""
     flags = [*FLAGS[2:], "--max_steps"]

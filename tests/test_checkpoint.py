@@ -65,18 +65,18 @@ def names(folder: Path) -> list[str]:
 # What is resumed, and what lies past it
 
 
-def test_what_is_damaged_is_put_aside_and_its_step_written_anew(tmp_path):
+def test_what_is_damaged_is_quarantined_and_its_step_written_again(tmp_path):
     kept = saved(tmp_path, 4, 8)
     flip(tmp_path / "step-00000008/tensors-00000.safetensors")  # of equal size: only the checksum tells
     found, (line,) = checkpoint_to_resume(tmp_path, "auto")
     assert found.name == "step-00000004"
     assert "step-00000008 is damaged" in line
-    checkpoint.put_aside(tmp_path, found)
-    assert names(tmp_path) == ["aside-00000008", "step-00000004"]
+    checkpoint.quarantine(tmp_path, found)
+    assert names(tmp_path) == ["quarantined-00000008", "step-00000004"]
     kept.keep = 2
     for step in (8, 12):
         kept.save(*trained(), {"step": step}, {})
-    assert names(tmp_path) == ["aside-00000008", "step-00000008", "step-00000012"]
+    assert names(tmp_path) == ["quarantined-00000008", "step-00000008", "step-00000012"]
     assert not [damage(path) for path in checkpoints(tmp_path) if damage(path)]
 
 
@@ -99,8 +99,8 @@ def test_a_path_begins_a_run_or_takes_it_back_once(tmp_path):
     assert checkpoint_to_resume(folder, str(seed / "step-00000008"))[0] == (seed / "step-00000008").resolve()
     # Back, in its own folder
     assert checkpoint_to_resume(seed, str(path))[0] == path
-    checkpoint.put_aside(seed, path)
-    assert names(seed) == ["aside-00000008", "step-00000004"]
+    checkpoint.quarantine(seed, path)
+    assert names(seed) == ["quarantined-00000008", "step-00000004"]
     saved(seed, 6, begun_from=str(path))
     assert checkpoint_to_resume(seed, str(path))[0].name == "step-00000006"
     path.rename(path.with_name("gone"))  # as too old
@@ -114,7 +114,7 @@ def test_the_most_accurate_one_stays_when_it_is_older_than_the_last_two(tmp_path
     assert names(tmp_path) == ["step-00000008", "step-00000016", "step-00000020"]
 
 
-def test_a_run_without_one_step_of_its_optimizer_goes_on(tmp_path):
+def test_a_run_without_one_step_of_its_optimizer_resumes(tmp_path):
     """As when the gradient scaler, or --on_nonfinite skip, has left out every step so far."""
     model, optimizer, scheduler = trained(steps=0)
     Checkpoints(tmp_path, ALONE, {}, 2, False).save(model, optimizer, scheduler, {"step": 3}, {})
@@ -129,7 +129,7 @@ def test_a_run_without_one_step_of_its_optimizer_goes_on(tmp_path):
     torch.testing.assert_close(dict(other[0].state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
-def test_a_scaler_that_the_checkpoint_has_not_begins_anew(tmp_path):
+def test_a_scaler_that_the_checkpoint_has_not_starts_at_its_default(tmp_path):
     saved(tmp_path, 3)
     scaler = torch.amp.GradScaler("cpu")
     load_checkpoint(tmp_path / "step-00000003", SimpleNamespace(**{**vars(ALONE), "scaler": scaler}), *trained())

@@ -133,9 +133,9 @@ def test_verify_reads_every_byte_and_fails(damaged):
 def test_an_unfinished_folder_is_no_damage(fsdp, tmp_path, capsys):
     run = shutil.copytree(fsdp.folder, tmp_path / "run")
     (run / "checkpoints/tmp-00000006").mkdir()
-    (run / "checkpoints/aside-00000008").mkdir()
+    (run / "checkpoints/quarantined-00000008").mkdir()
     status, rows = listed(capsys, "verify", run)
-    assert (status, [row[5] for row in rows]) == (0, ["OK", "OK", "unfinished", "aside"])
+    assert (status, [row[5] for row in rows]) == (0, ["OK", "OK", "unfinished", "quarantined"])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_network_split_by_its_recipe_says_so(sizes, world_size, text):
 @pytest.mark.parametrize("made", ["", "run", "run/checkpoints"])
 def test_there_is_nothing_to_list(tmp_path, made):
     (tmp_path / made).mkdir(parents=True, exist_ok=True)
-    with pytest.raises(UserError, match=r"run.* (is no folder|has no folder checkpoints|is empty)\. \w+"):
+    with pytest.raises(UserError, match=r"run.* (is not a folder|has no folder checkpoints|is empty)\. \w+"):
         lister.main(lister.parse(["list", str(tmp_path / "run")]))
 
 
@@ -220,7 +220,7 @@ def test_shards_of_zero_become_a_folder_for_transformers(zero, from_zero):
     check_vit(from_zero[0], zero)
 
 
-def test_a_training_goes_on_from_the_written_weights(zero, from_zero, server, runs):
+def test_a_training_starts_from_the_written_weights(zero, from_zero, server, runs):
     """With a learning rate of 0 they are evaluated as they are."""
     flags = [*SMALL, "--pretrained", str(from_zero[0]), "--max_steps", "1", "--learning_rate", "0"]
     tuned = train(runs / "tools-tuned", *flags, recipe=ROOT / "recipes/vit.py", server=server)
@@ -236,7 +236,7 @@ def test_the_newest_whole_checkpoint_is_taken(damaged, capsys):
     passed = capsys.readouterr().err.splitlines()
     assert [re.search(r"step-0+(\d)", line)[1] for line in passed] == ["8", "7", "6", "5"]
     assert exporter.choose(damaged / "checkpoints", "step-00000002").name == "step-00000002"
-    with pytest.raises(UserError, match=r"step-00000005 is no whole checkpoint\. Leave --checkpoint out"):
+    with pytest.raises(UserError, match=r"step-00000005 is not a complete checkpoint\. Leave --checkpoint out"):
         exporter.choose(damaged / "checkpoints", "step-00000005")
     with pytest.raises(UserError, match=r"has no step-00000003\. There are: step-00000002, "):
         exporter.choose(damaged / "checkpoints", "step-00000003")
@@ -262,13 +262,13 @@ def test_what_cannot_be_exported_is_refused_in_one_line(server, fsdp, damaged, t
     assert re.fullmatch(r"error: --data \S+/gone does not exist\. .+", line)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     for run_folder, out, words in (
-        (tmp_path / "no", tmp_path / "weights", "is no run"),
+        (tmp_path / "no", tmp_path / "weights", "is not a run"),
         (run, run, "exists. Give another folder"),
         (run, tmp_path / "no/weights", "Make it first"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             exporter.refuse(run_folder, out)
-    with pytest.raises(UserError, match="--images -1 is no number of images"):
+    with pytest.raises(UserError, match="--images -1 is not a valid number of images"):
         exporter.refuse(run, tmp_path / "weights", -1)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda: there is no GPU here"):

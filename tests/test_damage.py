@@ -34,9 +34,10 @@ def test_damage_is_named_and_the_one_before_it_taken(server: Server, data, whole
     process = server.launch(vit_words(copied, data, "--max_steps", "32"))
     assert process.returncode == 0, process.stdout
     assert "step-00000024 is damaged: tensors-00000.safetensors is not what was written" in process.stdout
-    assert "step-00000020 is damaged: manifest.json is missing; the one before it is taken" in process.stdout
+    assert "step-00000020 is damaged: manifest.json is missing; trying the one before it" in process.stdout
     assert "resumed at step 16" in process.stdout
-    kept = [f"aside-{step:08d}" for step in (20, 24)] + [f"step-{step:08d}" for step in (24, 28, 32)]  # 24: the best
+    kept = [f"quarantined-{step:08d}" for step in (20, 24)]
+    kept += [f"step-{step:08d}" for step in (24, 28, 32)]  # 24: the best
     assert sorted(path.name for path in folder.iterdir()) == kept
     twice = server.launch(vit_words(copied, data, "--max_steps", "40"))
     assert "resumed at step 32" in twice.stdout, twice.stdout
@@ -65,7 +66,8 @@ def test_from_a_path_and_under_other_values(server: Server, data, whole, copied,
         assert f"resumed at step {begin}" in process.stdout, process.stdout
         ours, theirs = ([line for line in curve(run) if line[3] is not None] for run in (back, whole.folder))
         assert ours == theirs[:end]
-    assert {path.name for path in (back / "checkpoints").glob("aside-*")} == {"aside-00000020", "aside-00000024"}
+    aside = {path.name for path in (back / "checkpoints").glob("quarantined-*")}
+    assert aside == {"quarantined-00000020", "quarantined-00000024"}
     changed = ["--learning_rate", "5e-4", "--max_steps", "28"]
     error = one_error(server.launch(vit_words(copied, data, *changed)))
     assert "learning_rate was 0.001, is 0.0005" in error

@@ -163,7 +163,7 @@ def test_labels_of_parquet_that_name_no_class_are_rejected(tmp_path):
     ]
 
 
-def test_a_changed_shard_is_listed_anew(tmp_path):
+def test_a_changed_shard_is_listed_again(tmp_path):
     """Its modification time is not the newest of the folder."""
     for name in ("a", "b"):
         foreign_shard(tmp_path / f"data/{name}.tar", {f"{name}{key}": key for key in range(4)})

@@ -189,7 +189,7 @@ def whole(runs, server):
         ("resnet_webdataset", "resnet_webdataset", 2),
     ],
 )
-def test_a_run_goes_on_within_an_epoch_as_if_nothing_had_happened(runs, server, whole, name, base, processes):
+def test_a_run_resumes_within_an_epoch_as_if_nothing_had_happened(runs, server, whole, name, base, processes):
     folder, options = runs / f"broken-{name}", {"recipe": ROOT / f"recipes/{name}.py", "server": server}
     train(folder, *FLAGS, "--max_steps", "6", "--checkpointing_steps", "5", **options)
     shutil.rmtree(folder / "checkpoints/step-00000006")  # as after a kill: what is left was saved within the loop

@@ -282,7 +282,7 @@ def test_every_line_of_a_sweep_is_checked(run, tmp_path):
     words = ["h100", "ddp", "-A", "abc@h100", "--", "recipes/resnet.py", "--epochs", "2", f"@{file}"]
     sweep = run("h100", "ddp", "--array=1-2%1", *words[2:])
     assert sweep.status == 0
-    assert "all 2 lines of the array are sound" in sweep.out
+    assert "all 2 lines of the array passed" in sweep.out
     errors = run("h100", "ddp", "-a", "1-5:1", *words[2:]).errors
     assert f"error: {file} line 3: --global_batch_size 63 does not divide by 4" in "".join(errors)
     assert f"error: {file} line 4: unknown flag --epoch." in "".join(errors)

@@ -178,13 +178,16 @@ def test_a_seed_has_63_bits():
     [
         ("RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2, but no LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
         ("LOCAL_RANK=1 WORLD_SIZE=2", "unset LOCAL_RANK WORLD_SIZE"),
-        ("RANK=1", "RANK=1 name no process"),
+        ("RANK=1", "RANK=1 do not describe a process of a launch"),
         ("RANK=2 WORLD_SIZE=2 LOCAL_RANK=0", "unset RANK LOCAL_RANK WORLD_SIZE"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1", "name no process"),
-        ("WORLD_SIZE=two", "WORLD_SIZE=two is no number. It may be left over from another launch: unset WORLD_SIZE"),
+        (
+            "RANK=0 WORLD_SIZE=2 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1",
+            "do not describe a process",
+        ),
+        ("WORLD_SIZE=two", "WORLD_SIZE=two is not a number. It may be left over from another launch: unset"),
         ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE=-1", "unset PARALLELISM_CONFIG_DP_REPLICATE_SIZE"),
         ("OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_SIZE=4, but MPI starts no recipe"),
-        ("ACCELERATE_MIXED_PRECISION=yes", "yes is none of no, fp16, bf16, fp8"),
+        ("ACCELERATE_MIXED_PRECISION=yes", "yes is not one of no, fp16, bf16, fp8"),
         ("ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "give --compile"),
         ("ACCELERATE_USE_CPU=maybe", "ACCELERATE_USE_CPU=maybe is neither true nor false"),
     ],
@@ -239,7 +242,7 @@ def test_a_process_whose_peers_never_come_ends():
     process = script(ALONE, **variables)
     assert process.returncode == 1
     assert process.stderr.startswith("error: RANK=0 LOCAL_RANK=0 WORLD_SIZE=2"), process.stderr
-    assert "not all of these processes came within 1 s" in process.stderr
+    assert "not all of these processes connected within 1 s" in process.stderr
     assert process.stderr.endswith("unset RANK LOCAL_RANK WORLD_SIZE MASTER_PORT MASTER_ADDR\n")
 
 

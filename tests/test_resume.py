@@ -100,7 +100,7 @@ def test_resume_on_two_processes_is_the_same_to_rounding(server, runs, flags, un
     assert second.summary["world_size"] == 2
 
 
-def test_workers_die_with_their_launcher_and_the_run_goes_on(server, runs, flags, uninterrupted):
+def test_workers_die_with_their_launcher_and_the_run_resumes(server, runs, flags, uninterrupted):
     """SIGKILL of the launcher in mid-epoch, with numbered checkpoints; the next start drops what lay past the last."""
     folder = runs / "killed"
     command = [*launch_command(num_processes=2), "recipes/resnet.py", "--output_dir", str(folder), *flags]

@@ -385,7 +385,7 @@ def test_an_edited_recipe_is_no_longer_the_run_of_its_folder(server, tmp_path):
     for steps in ("1", "2"):
         error = start(edited, "--max_steps", steps).splitlines()[-1]
         assert (
-            "is of another run: train_one_epoch of the recipe was edited. Give what it had, or another --outpu"
+            "belongs to another run: train_one_epoch of the recipe was edited. Give the values it had, or another"
             in error
         )
         assert "--resume_override source" in error

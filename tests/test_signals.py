@@ -43,7 +43,7 @@ def at_step(launch: Launch, folder: Path, more: int) -> None:
     assert not launch.ended, launch.output.read_text()
 
 
-def test_each_way_to_stop_leaves_a_checkpoint_and_the_run_goes_on(server: Server, runs, data, whole):
+def test_each_way_to_stop_leaves_a_checkpoint_and_the_run_resumes(server: Server, runs, data, whole):
     """One run of one process is stopped in all of them; the launcher's exit status is its worker's."""
     folder = runs / "stopped"
     start = words(folder, *data, *VIT, "--checkpointing_steps", "4", recipe="vit")

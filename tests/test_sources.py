@@ -85,7 +85,7 @@ TREES = {
     "one capital": ([name.replace("val", "Val") for name in PLAIN], "Rename Val to val"),
     "parts below classes": (tree("cat/train", "cat/val", "dog/train", "dog/val"), "Move the classes into the parts"),
     "one class": (tree("train/cat", "val/cat"), "has one class, cat"),
-    "one folder": (tree("cat"), "has one class, cat, and nothing to tell apart. Put the images"),
+    "one folder": (tree("cat"), "has one class, cat, so there is nothing to classify. Put the images"),
     "no images": ([*PLAIN, "train/fish/a.txt"], r"train/fish holds no images, but 1 files \(.txt: 1\)"),
     "two kinds": ([*PLAIN, "train/a.parquet"], "holds images and tables, such as train/a.parquet"),
 }

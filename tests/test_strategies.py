@@ -169,7 +169,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_a_checkpoint_goes_on_under_another_strategy_and_is_exported(server, run, single, tmp_path, name):
+def test_a_checkpoint_resumes_under_another_strategy_and_is_exported(server, run, single, tmp_path, name):
     source, target, override = MOVED[name]
     first = run(tmp_path / "first", *source, [], steps=8)
     path = checkpoints(first.folder / "checkpoints")[-1]

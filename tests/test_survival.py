@@ -31,7 +31,7 @@ def test_a_run_killed_anywhere_ends_bitwise_as_one_that_was_not(server: Server, 
 
 
 @pytest.mark.parametrize("recipe", ["resnet_webdataset", "resnet_torchdata"])
-def test_other_loaders_go_on_where_they_were_killed(server: Server, runs, recipe):
+def test_other_loaders_resume_where_they_were_killed(server: Server, runs, recipe):
     flags = [*QUIET, "--learning_rate", "0.001", "--norm", "group", "--image_size", "16", "--global_batch_size", "32"]
     flags += ["--max_steps", "9", "--checkpointing_steps", "3"]
     folder = runs / f"killed-{recipe}"
@@ -42,7 +42,7 @@ def test_other_loaders_go_on_where_they_were_killed(server: Server, runs, recipe
     assert difference(folder, reference.folder) is None
 
 
-def test_a_run_goes_on_through_every_topology(server: Server, runs, data, whole):
+def test_a_run_resumes_on_every_topology(server: Server, runs, data, whole):
     """Its losses are those of one process up to rounding, which grows with the steps, as in test_strategies.py."""
     folder = runs / "topologies"
     chain = {10: ("ddp", 2), 20: ("ddp", 1), 30: ("fsdp", 4), 40: ("fsdp", 2)}

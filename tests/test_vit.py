@@ -130,7 +130,7 @@ def test_stages_one_after_the_other_are_the_network(batch, stages):
     torch.testing.assert_close(x, model(images, seeds))
 
 
-def test_positions_are_interpolated_and_the_head_starts_anew(tmp_path):
+def test_positions_are_interpolated_and_the_head_is_drawn_again(tmp_path):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     saved = ViTForImageClassification(ViTConfig(**sizes, image_size=48, patch_size=8, num_labels=7))
     saved.save_pretrained(tmp_path)

@@ -175,7 +175,7 @@ def test_a_worker_that_is_killed_is_one_line(packed, recipe, flags, monkeypatch)
             worker.kill()
     why = r"(DataLoader worker|\w+Error\)|\[Errno)"  # torch's word, or what reading from it ended with
     with pytest.raises(
-        UserError, match=rf"^rank 3: a loader worker died, perhaps for want of memory \({why}"
+        UserError, match=rf"^rank 3: a loader worker died, perhaps for lack of memory \({why}"
     ) as raised:
         list(batches)
     assert raised.value.alone

@@ -5,8 +5,8 @@
     python tools/checkpoints.py verify runs/resnet-ad9742eb      # reads every byte; exits 1 where one is damaged
 
 A `step-` folder that has changed since it was written is `damaged`: a resume skips it. A `tmp-` folder is
-`unfinished`: its save is at work, or was cut off; the next start or save of that step removes it. An `aside-` folder
-is quarantined: it lay past the checkpoint that a start resumed from. Inspect it, and remove it.
+`unfinished`: its save is at work, or was cut off; the next start or save of that step removes it. A `quarantined-`
+folder lay past the checkpoint that a start resumed from. Inspect it, and remove it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from shared.checkpoint.retention import ASIDE, checkpoints, damage, read_manifest, score
+from shared.checkpoint.retention import QUARANTINED, checkpoints, damage, read_manifest, score
 from shared.config import SIZES, expand_home
 from shared.errors import UserError
 from shared.lifetime import begin
@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
         for path, reason in reasons.items()
     ]
     rows += [row(path, {}, False, "unfinished") for path in folders(folder, "tmp-")]
-    rows += [row(path, manifest(path), False, "aside") for path in folders(folder, ASIDE)]
+    rows += [row(path, manifest(path), False, "quarantined") for path in folders(folder, QUARANTINED)]
     show(sorted(rows))
     return int(verify and any(reasons.values()))
 
@@ -44,7 +44,7 @@ def find(run_folder: Path) -> Path:
     """Return the run's folder of checkpoints; raises UserError where it is missing or empty."""
     folder = run_folder / "checkpoints"
     if not run_folder.is_dir():
-        raise UserError(f"{run_folder} is no folder. Give the run's folder, the first line that a recipe prints.")
+        raise UserError(f"{run_folder} is not a folder. Give the run's folder, the first line that a recipe prints.")
     if not folder.is_dir():
         raise UserError(f"{run_folder} has no folder checkpoints. Give the folder of a run.")
     if not checkpoints(folder) and not folders(folder, "tmp-"):

@@ -41,7 +41,7 @@ from shared.lifetime import begin
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
-# The settings that split a run over processes, for one process.
+# The settings for one process: nothing is split, and nothing compiled.
 ALONE = dict.fromkeys(SIZES, 1) | {"sync_batch_norm": False, "compile": False}
 LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -70,17 +70,17 @@ def main(arguments: argparse.Namespace) -> None:
 def refuse(run_folder: Path, out: Path, images: int = 0, device: str = "cpu") -> None:
     """Raise UserError for arguments that cannot work, before anything is read."""
     if images < 0:
-        raise UserError(f"--images {images} is no number of images. Give 1 or more, or leave it out for all.")
+        raise UserError(f"--images {images} is not a valid number of images. Give 1 or more, or leave it out for all.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here. Leave it out, or give --device cpu.")
     if not (run_folder / "config.json").is_file():
         raise UserError(
-            f"{run_folder} is no run: it has no config.json. Give the folder that the recipe printed first."
+            f"{run_folder} is not a run's folder: it has no config.json. Give the one that the recipe printed."
         )
     if os.path.lexists(out):
         raise UserError(f"{out} exists. Give another folder, or remove it.")
     if not out.resolve().parent.is_dir():
-        raise UserError(f"{out.resolve().parent} is no folder. Make it first.")
+        raise UserError(f"{out.resolve().parent} is not a folder. Make it first.")
 
 
 def choose(folder: Path, name: str | None) -> Path:
@@ -282,11 +282,11 @@ def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, ar
 
 
 def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader, images: int) -> dict[str, float]:
-    """Return top-1 accuracy and loss over so many of the held-out images, evenly spaced, each counted once, in
+    """Return top-1 accuracy and loss over this number of the held-out images, evenly spaced, each counted once, in
     fp32."""
     model.float().eval().to(accelerator.device)
     total, evaluation, taken = len(loader.dataset), recipe.Evaluation(), 0
-    chosen = torch.zeros(total + 1, dtype=torch.bool)  # the last is -1, of places without an image
+    chosen = torch.zeros(total + 1, dtype=torch.bool)  # the last is for index -1, a place without an image
     chosen[torch.linspace(0, total - 1, images).round().long()] = True
     with torch.no_grad():
         for batch in loader:
@@ -322,7 +322,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="step-XXXXXXXX", help="instead of the newest whole one")
     parser.add_argument("--data", help="where the run's data lies now, if it was moved")
     parser.add_argument("--no_check", action="store_true", help="write the weights, and evaluate nothing")
-    parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate so many, evenly spaced (all)")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate N images, evenly spaced (all)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="to evaluate on (here %(default)s)")
     parser.add_argument("--pretrained", help="where the network that the run fine-tuned lies now, if it was moved")

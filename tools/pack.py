@@ -8,8 +8,8 @@
 SOURCE is whatever a recipe's --data takes, or a .zip or .tar of class folders (or a folder in it: x.zip/photographs),
 which is read where it lies, by the rules for a folder: unpacking would cost an inode an image. Encoded images are
 copied byte by byte unless --max_side asks for smaller ones. In tar shards the images lie in random order, as a stream
-wants them; the index keeps the source's order. If it is killed,
-the same command resumes after the complete shards. Checksums are in the index, or beside parquet in b2sums.
+wants them; the index keeps the source's order. If it is killed, the same command resumes after the complete shards.
+Checksums are in the index, or beside parquet in b2sums.
 """
 
 import argparse
@@ -456,7 +456,7 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenProcessPool:
-        sys.exit("error: a process was killed, perhaps for want of memory. Give fewer --num_workers: it resumes.")
+        sys.exit("error: a process was killed, perhaps for lack of memory. Give fewer --num_workers: it resumes.")
     except OSError as error:
         remedy = "Make room; the same command resumes after the complete shards." if error.errno in FULL else ""
         sys.exit(f"error: {error}. {remedy}")

@@ -9,7 +9,7 @@
 On a login node, without GPU or network. A value comes from the command line, else the environment, the #SBATCH headers
 of slurm/MACHINE.slurm, accelerate_configs/MACHINE_STRATEGY.yaml, the recipe's flags, its defaults. `@FILE` stands for
 a line of FILE for each task of an array. --memory estimates the bytes per GPU and the seconds of an all-reduce too;
---in_job, which slurm/launch.sh gives, asks for the job that runs here. Exits with 1 and a line `error: <what>.
+--in_job, which slurm/launch.sh gives, checks the job that is running here. Exits with 1 and a line `error: <what>.
 <remedy>` for each problem.
 
 RECIPES_PREFLIGHT_SKIP=accounts,limits,caches,versions,quotas leaves those checks out: they rest on what users of Jean

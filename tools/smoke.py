@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run two steps of every recipe, or of the one named, under the launcher on this machine's GPU or else its CPU.
+"""Run two steps of every recipe, or of those named, under the launcher on this machine's GPU or else its CPU.
 
-    python tools/smoke.py [RECIPE]
+    python tools/smoke.py [RECIPE ...]
 
 Prints recipe, pass or fail, seconds and peak memory; exits 1 if one failed, with the end of its output.
 """

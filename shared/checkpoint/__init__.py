@@ -9,7 +9,7 @@ file with its size and SHA-256; then the folder gets its name.
 """
 
 from .load import load_checkpoint, read_state, read_weights
-from .retention import checkpoint_to_resume, checkpoints, damage, put_aside, read_manifest
+from .retention import checkpoint_to_resume, checkpoints, damage, quarantine, read_manifest
 from .save import Checkpoints, SaveError, Saves
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "checkpoints",
     "damage",
     "load_checkpoint",
-    "put_aside",
+    "quarantine",
     "read_manifest",
     "read_state",
     "read_weights",

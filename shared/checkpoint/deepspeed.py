@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save and load the state that DeepSpeed owns.
 
-Its files are pickles. Their checksums are verified before they are opened, which finds damage but not malice: resume
+Its files are pickles. Their checksums are verified before they are opened, which finds damage but no tampering: resume
 ZeRO only from your own folders.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a checkpoint into a training, or only its weights."""
+"""Load a checkpoint into a training run, or only its weights."""
 
 import json
 from pathlib import Path

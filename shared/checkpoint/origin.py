@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "numpy", "pill
 
 
 def origin(accelerator: Accelerator, config, begun_from: str | None) -> dict:
-    """Return the values on its origin that every checkpoint's manifest records."""
+    """Return what every checkpoint's manifest records about its origin."""
     return {
         "recipe": program()[0].stem,
         "strategy": strategy(),

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import UserError
 
 MANIFEST, STATE = "manifest.json", "state.json"
-ASIDE = "aside-"  # the prefix of quarantined checkpoints: see put_aside
+QUARANTINED = "quarantined-"  # the prefix of quarantined checkpoints: see quarantine
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -129,17 +129,17 @@ def _named_checkpoint(path: Path, given: str) -> Path:
     reason = damage(path) if path.name.startswith("step-") else "a checkpoint is a folder step-XXXXXXXX"
     if reason:
         raise UserError(
-            f"--resume_from_checkpoint {given} is no whole checkpoint: {reason}. "
+            f"--resume_from_checkpoint {given} is not a complete checkpoint: {reason}. "
             "Give auto, never, or a folder checkpoints/step-XXXXXXXX of a run."
         )
     return path
 
 
-def put_aside(folder: Path, checkpoint: Path) -> None:
+def quarantine(folder: Path, checkpoint: Path) -> None:
     """Quarantine the checkpoints past the one that is resumed, damaged or not, by renaming them: they are no longer
     part of the run, and would block the saves of their steps. The user may inspect and remove them."""
     for path in checkpoints(folder):
         if path.name > checkpoint.name:
-            beside = path.with_name(path.name.replace("step-", ASIDE))
+            beside = path.with_name(path.name.replace("step-", QUARANTINED))
             shutil.rmtree(beside, ignore_errors=True)
             os.rename(path, beside)

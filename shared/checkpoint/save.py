@@ -40,7 +40,7 @@ class Checkpoints:
         self.background, self.buffers = background, {}
         self.thread: threading.Thread | None = None
         self.error: SaveError | None = None
-        self.begin, self.seconds = 0.0, 0.0  # when the last save began; what the longest took until durable
+        self.begin, self.seconds = 0.0, 0.0  # when the last save began; how long the slowest took to become durable
         self.alone = accelerator.num_processes == 1
         # A group of its own: the thread's messages must not come between the training's.
         self.group = None if self.alone else torch.distributed.new_group(backend="gloo")
@@ -51,7 +51,7 @@ class Checkpoints:
         """Write step-XXXXXXXX for state["step"], then remove superfluous checkpoints.
 
         state is for the resume, manifest for people and tools; both must be JSON values. Raises SaveError on every
-        process; the complete checkpoints stay. One save at a time: call `wait` before.
+        process; the complete checkpoints stay. One save at a time: call `wait` before the next.
         """
         assert self.thread is None
         self.begin = time.monotonic()
@@ -71,7 +71,7 @@ class Checkpoints:
             self._write(temporary, final, tensors, None, state, manifest)
 
     def wait(self) -> SaveError | None:
-        """Wait until the background save is durable; return its error, if any, once and alike on every process."""
+        """Wait until the background save is durable; return its error, if any: once, the same on every process."""
         if self.thread:
             self.thread.join()
         error, self.thread, self.error = self.error, None, None
@@ -141,8 +141,8 @@ class Checkpoints:
             raise SaveError(f"{problem} (process {rank})") from error
 
     def agreed(self, function: Callable, on_main: bool = False) -> list:
-        """Call the function and return every process's result. Where one fails, all raise SaveError: none leaves
-        alone."""
+        """Call the function, under on_main on rank 0 alone, and return every process's result. Where it fails on one
+        process, all of them raise SaveError."""
         outcome = None, None
         if self.accelerator.is_main_process or not on_main:
             try:
@@ -164,8 +164,8 @@ class Saves:
     one and calls every method."""
 
     def __init__(self, checkpoints: Checkpoints, say: Callable, before: Callable, origin: dict):
-        """say: prints a line. before: rank 0 calls it before each save; raises OSError. origin: for each manifest,
-        see origin.py."""
+        """say: prints a line. before: rank 0 calls it before each save; it may raise OSError. origin: for each
+        manifest, see origin.py."""
         self.checkpoints, self.say, self.before, self.origin = checkpoints, say, before, origin
         self.saved_step = 0
 
@@ -200,7 +200,7 @@ class Saves:
 
     @property
     def reserve(self) -> float:
-        """Return the seconds that a last save may take: it waits for a background save that is still at work."""
+        """Return the seconds that a last save may take: it also waits for a background save that is under way."""
         return self.checkpoints.seconds * (1 + self.checkpoints.background)
 
     def _newest(self) -> str:
@@ -222,7 +222,7 @@ def _publish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
     write_json(temporary / MANIFEST, manifest)
     for folder in {(temporary / name).parent for name in manifest["files"]}:
         to_disk(folder)
-    os.rename(temporary, final)  # the name is free: `put_aside` has renamed those past the resumed one
+    os.rename(temporary, final)  # the name is free: `quarantine` has renamed those past the resumed one
     to_disk(final.parent)
     for old in superfluous(final.parent, keep):
         remove_checkpoint(old)

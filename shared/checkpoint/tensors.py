@@ -46,7 +46,7 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     An optimizer's other values come from the configuration. torch's get_state_dict gives the same, but takes longer
     than copying the values.
     """
-    # First: under FSDP it shards again what an evaluation left gathered; the optimizer's parameters are the shards.
+    # state_dict first: under FSDP it shards again what an evaluation left gathered, and the optimizer has the shards.
     weights = model.state_dict()
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {

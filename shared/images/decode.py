@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode the crop of an encoded image and resize it to the network's size.
 
-JPEGs go through libjpeg-turbo, which decodes only the rows and columns of the crop: by crop_jpeg.c, which also
-resizes, where it can be compiled; else simplejpeg decodes the whole image. All else goes through PIL, which reads
-JPEGs too where both are missing, more slowly. The pixels are the same: all three use that library, from the same crop,
-at the same scale. Only an image that is damaged below its crop is decoded by crop_jpeg.c and refused by the others.
+Where crop_jpeg.c can be compiled, it decodes only the rows and columns of a JPEG's crop, and resizes them; else
+simplejpeg decodes the whole image. All other images go through PIL, and JPEGs too where both are missing, more slowly.
+The pixels are the same: all three use libjpeg-turbo, on the same crop, at the same scale. Only an image that is
+damaged below its crop is decoded by crop_jpeg.c and refused by the others.
 
 Transparency is dropped, not blended: the colours below it are what the file holds. Of 16 bits per channel the upper 8
-are kept. Of an animation the first picture counts.
+are kept. Of an animation only the first picture is used.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
 END_OF_IMAGE = b"\xff\xd9"
 # A marker that cannot occur in compressed data: something else was written over a part of the file.
 STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
-MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
+MOST_PIXELS = 100_000_000  # of one image: a larger one is rejected as a possible decompression bomb
 METHODS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 PIXELS = {"I": "signed or 32-bit integers (PIL's mode I)", "F": "floating-point numbers (PIL's mode F)"}
-TURNS = {orientation: Image.Transpose[method] for orientation, method in enumerate(METHODS, 2)}  # Exif's, to upright
+TURNS = {orientation: Image.Transpose[method] for orientation, method in enumerate(METHODS, 2)}  # by Exif's value
 
 
 @functools.cache
@@ -97,8 +97,8 @@ def plain_jpeg(image: bytes) -> tuple[int, int] | None:
 
 
 def scaled(crop: Crop, size: int, width: int, height: int) -> tuple[Crop, int]:
-    """Return the crop with its edges at multiples of a divisor, or at the image's, and the divisor 1, 2, 4 or 8 by
-    which a decoder may shrink an image whose crop is to fill `size` pixels."""
+    """Return the crop, and the divisor (1, 2, 4 or 8) by which a decoder may shrink the image so that the crop still
+    fills `size` pixels. The crop's edges are rounded to multiples of the divisor, or lie at the image's edge."""
     least = min(crop.right - crop.left, crop.bottom - crop.top) // size
     if least < 2:
         return crop, 1
@@ -114,7 +114,7 @@ def _shrunk(crop: Crop, scale: int) -> Crop:
 
 
 def _crop_natively(image: bytes, view: View, seed: int, out: Tensor) -> Crop | None:
-    """Fill out by crop_jpeg.c and return the crop; None leaves the image to the others, and out undefined."""
+    """Fill `out` by crop_jpeg.c and return the crop; None leaves the image to the others, and `out` undefined."""
     assert out.is_contiguous()
     if not (shape := library().jpeg_size(image, len(image))):
         return None
@@ -148,7 +148,7 @@ def _by_pil(image: bytes, view: View, seed: int, size: int) -> tuple[np.ndarray,
             return pixels, view(pixels.shape[1], pixels.shape[0], seed)
         width, height = file.size
         crop, scale = scaled(view(width, height, seed), size, width, height)
-        file.draft(None, (width // scale, height // scale))  # by the largest of 1, 2, 4, 8 that leaves as many
+        file.draft(None, (width // scale, height // scale))  # by the largest of 1, 2, 4, 8 that leaves this size
         pixels = np.array(file.convert("RGB"))
     assert pixels.shape[:2] == (-(-height // scale), -(-width // scale)), "PIL took another scale"
     return pixels, _shrunk(crop, scale)
@@ -191,7 +191,7 @@ def _orientation(file: Image.Image) -> int:
     return 1
 
 
-# By PIL
+# PIL
 
 
 @contextlib.contextmanager
@@ -238,7 +238,7 @@ def _of_eight_bits(file: Image.Image) -> Image.Image:
 
 def _refuse_bomb(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels: taken for a decompression bomb")
+        raise ValueError(f"{width} x {height} pixels: rejected as a possible decompression bomb")
 
 
 def _resize(pixels: np.ndarray, out: Tensor) -> None:

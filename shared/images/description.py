@@ -63,7 +63,7 @@ def _size(source: Source, number: int) -> tuple[int, int] | None:
 
 
 def _hint(size: int, sizes: list[tuple[int, int]]) -> list[str]:
-    """Return a hint on the image in the middle, where it is far larger than what the network sees."""
+    """Return a hint where the image of median area is far larger than what the network sees."""
     width, height = sizes[len(sizes) // 2] if sizes else (0, 0)
     if min(width, height) <= FAR * size:
         return []

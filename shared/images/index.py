@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List a data set's samples in one file of tensors. It is mapped into memory, so that a million samples open at
-once and the processes of a node share their pages. It lies beside packed tar shards, or in a cache."""
+"""List a data set's samples in one file of tensors. It is mapped into memory, so that a million samples open without
+delay and the processes of a node share their pages. It lies beside packed tar shards, or in a cache."""
 
 import contextlib
 import hashlib

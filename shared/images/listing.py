@@ -40,8 +40,8 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path, text: str, wanted: list[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header's names in small letters, and each row with its line, by the separator that finds the
-    columns."""
+    """Return the header's names in lower case, and each row with its line number, split at the separator that yields
+    the wanted columns."""
     for separator in SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         try:
@@ -83,7 +83,7 @@ def _refuse_no_classes(path: Path, column: str, labels: list[str]) -> None:
     if several is not None:
         raise UserError(
             f"{path}: the column {column} holds {several!r}, several labels of one image or two columns in one. Give "
-            "one class a line; other tasks than classification are not supported."
+            "one class per line; other tasks than classification are not supported."
         )
     numbers = [_number(label) for label in {*labels}]
     if None not in numbers and not all(number.is_integer() for number in numbers if math.isfinite(number)):

@@ -40,13 +40,13 @@ from .settings import ImageConfig
 from .sources import Source
 from .views import evaluation_view, training_view
 
-# Mean and standard deviation of ImageNet's pixels, of [0, 255].
+# Mean and standard deviation of ImageNet's pixels, in [0, 255].
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 PREFETCH = 2  # batches that each worker has ready: PyTorch's own default
 MOST_TRIES = 2000  # undecodable images in a row, as many as a lost shard of tools/pack.py holds
 SLOT_ALIGNMENT = 64  # bytes
-LIMIT = 600  # seconds without a batch, as NCCL waits for its peers
+LIMIT = 600  # seconds without a batch, as long as NCCL waits for its peers
 PATIENCE = 20  # seconds without a batch once the run is to stop: torchrun's workers are killed after 30
 
 
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     valid: Tensor  # (B,) bool: False where a sample only pads an evaluation batch
     seeds: Tensor  # (B,) int64: each sample's augmentation seed, from which the model may draw as well
     mirrored: Tensor  # (B,) bool: which images a Loader has yet to mirror, on the device
-    digest: int  # of sample indices and augmentation seeds, see order.digest
+    digest: int  # of sample indices and augmentation seeds, see draws.digest
     rejected: tuple[str, ...] = ()  # images that could not be decoded, each with the reason
     wait_seconds: float = 0.0  # that the training loop waited for this batch
     indices: Tensor = torch.empty(0, dtype=torch.int64)  # (B,): which samples these are, on the host; -1 is none
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 class _Whole(Batch):
-    """A batch in one piece of memory, as a worker sends it: each tensor by itself would cost 0.5 ms."""
+    """A batch in one piece of memory, as a worker sends it: sending each tensor by itself would cost 0.5 ms."""
 
     def __reduce__(self):
         if _slots.memory is None:
@@ -102,7 +102,7 @@ class Candidate(NamedTuple):
     epoch: int
     index: int
     read: Callable[[], bytes | np.ndarray]  # raises OSError
-    counts: bool = True  # as rejected, if undecodable; a substitute counts at its own place
+    counts: bool = True  # whether it counts as rejected if undecodable; a substitute counts at its own place
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class Views(Dataset):
 def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageConfig, config, sources) -> list[Views]:
     """Return this process's share of the training and of the held-out images, as the network sees them.
 
-    sources: the two. config: a recipe's own, with global_batch_size and gradient_accumulation_steps. Raises UserError
-    where the batch does not divide among the processes.
+    sources: training, held-out. config: a recipe's own, with global_batch_size and gradient_accumulation_steps. Raises
+    UserError where the batch does not divide among the processes.
     """
     (train, held_out), seed, share = sources, run_config.seed, data_parallel(accelerator)
     batch = micro_batch_size(config, share[1])
@@ -208,7 +208,7 @@ class _Slots:
         self.batch, self.slot = -1, 0  # what is being written, and where
 
     def take(self, size: int) -> Tensor:
-        """Return so many bytes: of the next slot, once the parent has used its last batch; in the parent new ones."""
+        """Return `size` bytes: in a worker, of its next slot, once the batch there is used; else new memory."""
         if self.memory is None:
             return torch.empty(size, dtype=torch.uint8)
         self.slot = (self.slot + 1) % len(self.memory)
@@ -225,7 +225,7 @@ _shared: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary(
 
 
 def _shared_memory(*shape: int) -> Tensor:
-    """Return bytes of this shape that workers share."""
+    """Return a uint8 tensor of this shape in memory that workers share."""
     try:
         memory = torch.UntypedStorage._new_shared(math.prod(shape))
     except RuntimeError as error:
@@ -238,7 +238,7 @@ def _shared_memory(*shape: int) -> Tensor:
 
 
 def shared_number(num_workers: int) -> Tensor:
-    """Return a zero, whose later values workers see."""
+    """Return a number, 0 at first, whose changes workers see."""
     return _shared_memory(8).view(torch.int64)[0] if num_workers else torch.zeros((), dtype=torch.int64)
 
 
@@ -246,7 +246,7 @@ def _begin_worker(key: int, memory: Tensor, used: Tensor | None, parent: int, wo
     """Prepare a worker process of a DataLoader. memory: (workers, slots, bytes)."""
     _slots.__init__(key, memory[worker], used)
     ignore_signals()
-    if os.getppid() != parent:  # the parent is gone; torch, which looks from now on, would watch another process
+    if os.getppid() != parent:  # the parent is gone; torch, from now on, would watch another process instead
         os._exit(1)
 
 
@@ -260,7 +260,7 @@ def worker_options(
     begin = None
     if num_workers:
         _try_to_send()
-        # Before multiprocessing waits for them: it sends SIGTERM, which they ignore. A second call does no harm.
+        # Runs before multiprocessing waits for the workers: it sends SIGTERM, which they ignore. Two calls do no harm.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
         # Besides the ready batches, one is in use and one is being written; out of order, as many again wait.
@@ -333,14 +333,14 @@ class WorkerLoader:
     def __init__(
         self, views: Views, num_workers: int, device: torch.device, prefetch_factor: int = PREFETCH, **options
     ):
-        """options: others of torch's DataLoader."""
+        """options: further ones of torch's DataLoader."""
         self.numbered, self.used = _Numbered(views), shared_number(num_workers)
         options = (
             worker_options(views, num_workers, device, prefetch_factor, self.used) | {"in_order": False} | options
         )
         self.loader = DataLoader(self.numbered, batch_sampler=self.numbered, **options)
         start_workers(self.loader)
-        self.numbered.order = views.order  # not earlier: the first pass's step was not known
+        self.numbered.order = views.order  # after start_workers, which must not prefetch: the first step is not known
 
     def __iter__(self) -> Iterator[Batch]:
         early, number = {}, self.numbered.asked
@@ -358,7 +358,7 @@ class WorkerLoader:
 
 
 class _Watch(threading.Thread):
-    """A watch over one pass: it ends the program in one line where a batch does not come for LIMIT seconds, or for
+    """A watch over one pass: it ends the program with one line where a batch does not come for LIMIT seconds, or for
     PATIENCE once the run is to stop. It is a thread, because the wait may be inside any library."""
 
     def __init__(self, images: str, noted: Callable[[], str]):
@@ -377,7 +377,7 @@ class _Watch(threading.Thread):
             if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory")):
                 raise
             raise _failed(
-                f"a loader worker died, perhaps for want of memory ({str(error) or type(error).__name__}). "
+                f"a loader worker died, perhaps for lack of memory ({str(error) or type(error).__name__}). "
                 "Give fewer --num_workers, or more memory."
             ) from error
         finally:
@@ -460,7 +460,7 @@ class Loader:
             watch.over.set()
 
     def _of_step(self, number: int) -> dict:
-        """Return weight and parts of the global step to which this pass's micro-batch of that number belongs."""
+        """Return step_weight and parts of the global step that this pass's micro-batch `number` belongs to."""
         order = self.order
         if not isinstance(order, TrainingOrder):
             return {}
@@ -493,7 +493,7 @@ class Loader:
     def _to_device(self, batch: Batch) -> Batch:
         images, labels, valid, seeds, mirrored = (tensor.to(self.device, non_blocking=True) for tensor in batch[:5])
         images = images.permute(0, 3, 1, 2)
-        if self.device.type == "cuda" or batch.mirrored.any():  # a GPU would have to be waited for
+        if self.device.type == "cuda" or batch.mirrored.any():  # on a GPU the test itself would wait
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         # (B, H, W, 3) seen as (B, 3, H, W) is channels-last already: that layout costs no copy.
         images = images.to(torch.float32, memory_format=self.memory_format)

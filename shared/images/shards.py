@@ -18,7 +18,7 @@ from .tree import IMAGES, is_hidden, state_of
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 BLOCK = tarfile.BLOCKSIZE
 MOST_CLASSES = 1_000_000  # a greater label is taken for a mistake: the network would have an output for each
-FEW_CLASSES = 1000  # a small part of ImageNet has that many
+FEW_CLASSES = 1000  # even a few images of ImageNet may have labels up to this
 
 
 def scan(parts: dict[str, list[str]], root: Path) -> Index:
@@ -48,7 +48,7 @@ def scan(parts: dict[str, list[str]], root: Path) -> Index:
 
 
 def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.ndarray], parts: dict) -> None:
-    """Raise UserError for implausible labels: classes without names are as many as the greatest label."""
+    """Raise UserError for implausible labels: the greatest one decides how many classes there are."""
     key, label, number, *_ = max(rows, key=lambda row: row[1])
     for name, part in zip(parts, labels, strict=True):
         if not (part >= 0).any():
@@ -56,7 +56,7 @@ def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.nda
             raise UserError(f"{root}: no image {what} has a class. Beside KEY.jpg must be KEY.cls with its number.")
     if label >= MOST_CLASSES:
         raise UserError(
-            f"{root / shards[number]}: {key} has the class {label}, which is no number of a class. Fix it."
+            f"{root / shards[number]}: {key} has the class {label}, which is not a plausible class number. Fix it."
         )
     if label + 1 > max(len(labels[0]), FEW_CLASSES):
         raise UserError(f"{root} has the label {label}, but {len(labels[0])} training images in all. Fix that label.")
@@ -64,9 +64,7 @@ def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.nda
     if unseen := set().union(*held_out) - train:
         raise UserError(f"{root}: the class {min(unseen)} has held-out images only. Both parts need the same classes.")
     if len(train) == 1:
-        raise UserError(
-            f"{root}: all images have the class {label}, and there is nothing to tell apart. Check KEY.cls."
-        )
+        raise UserError(f"{root}: all images have the class {label}, so there is nothing to classify. Check KEY.cls.")
 
 
 def numbered(count: int) -> list[str]:
@@ -114,8 +112,8 @@ def image_kind(kinds: Iterable[str]) -> str | None:
 
 
 def members_of_tar(path: Path) -> tuple[list[tarfile.TarInfo], bool]:
-    """Return the files of a tar, or of what is left of it, links to them, and folders, whose names end in a slash,
-    without hidden ones; and whether it is whole, up to an empty block: tarfile accepts a damaged header.
+    """Return a tar's files, links to them, and folders (with a final slash), without hidden ones, as far as it can be
+    read; and whether it is whole, which an empty block at its end shows: tarfile accepts a damaged header.
 
     A file's size is at most one byte more than the tar has: in a damaged header it can be any number.
     """

@@ -54,7 +54,7 @@ class Source:
         return Source(self.images.take(numbers), self.labels[numbers], self.classes, blocks)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of all labels, all file names and the bytes of SAMPLED images."""
+        """Return a hash (16 hex digits) of all labels, all file names and the bytes of SAMPLED images."""
         digest = hashlib.blake2b(self.labels.astype(np.int64), digest_size=8)
         names = getattr(getattr(self.images, "index", self.images), "names", None)
         digest.update(b"" if names is None else names.tobytes())
@@ -112,7 +112,7 @@ def train_and_held_out(
     """
     train, *held_out = (parts[name] for name in pair(list(parts), str(where)))
     if len(train.classes) < 2:
-        raise UserError(f"{where} has one class, {train.classes[0]}, and nothing to tell apart. Give it another.")
+        raise UserError(f"{where} has one class, {train.classes[0]}. There is nothing to classify. Give it another.")
     if not held_out:
         return split(train, val_fraction, seed, where)
     _refuse_fraction(val_fraction, f"the part {list(parts)[1]} of {where}")
@@ -266,9 +266,9 @@ def split(everything: Source, val_fraction: float, seed: int, path: Path | str) 
 def _refuse_columns(columns: tuple[str, ...], what: str) -> None:
     for flag, name in zip(("--image_column", "--label_column"), columns, strict=True):
         if name:
-            raise UserError(f"{flag} {name} has no use: {what} has no columns. Leave it out.")
+            raise UserError(f"{flag} {name} has no effect: {what} has no columns. Leave it out.")
 
 
 def _refuse_fraction(val_fraction: float, what: str) -> None:
     if val_fraction:
-        raise UserError(f"--val_fraction {val_fraction:g} has no use: {what} already says what is held out. Drop it.")
+        raise UserError(f"--val_fraction {val_fraction:g} has no effect: {what} says what is held out. Leave it out.")

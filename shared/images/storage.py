@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read each image at random by its number: from memory, files, tar shards or a parquet table."""
+"""Read any image by its number: from memory, files, tar shards or a table."""
 
 import os
 from typing import Protocol

@@ -225,7 +225,7 @@ def _check_class_names(folders: dict[str, list[str]], prefix: str, where: str) -
             raise UserError(f"{where}/{name} holds {' and '.join(parts)}, which name parts. {remedy}.")
         if alone:
             deeper = f" If it holds the class folders, give --data {where}/{name}." if len(inner) > 1 else ""
-            raise UserError(f"{where} has one class, {name}, and nothing to tell apart. {ONE_EACH}{deeper}")
+            raise UserError(f"{where} has one class, {name}, so there is nothing to classify. {ONE_EACH}{deeper}")
 
 
 def _counted(endings: Counter) -> str:

@@ -13,7 +13,7 @@ ATTEMPTS = 10
 
 
 def training_view(width: int, height: int, seed: int, min_crop_area: float, horizontal_flip: bool) -> Crop:
-    """Return a random resized crop (Szegedy et al., arXiv:1409.4842), mirrored half of the time."""
+    """Return a random crop (Szegedy et al., arXiv:1409.4842), under horizontal_flip mirrored half of the time."""
     draws = uniforms(4 * ATTEMPTS + 1, seed)
     return Crop(*random_crop(width, height, min_crop_area, draws), horizontal_flip and draws[-1] < 0.5)
 
@@ -26,8 +26,8 @@ def evaluation_view(width: int, height: int, seed: int, eval_crop_ratio: float) 
 
 
 def random_crop(width: int, height: int, min_area: float, draws: np.ndarray) -> Box:
-    """Return (left, top, right, bottom) of min_area to all of the image, of aspect 3/4 to 4/3; the centre where ten
-    draws do not fit."""
+    """Return (left, top, right, bottom) of min_area to all of the image, of aspect 3/4 to 4/3; the centre where none
+    of ten draws fits."""
     for area, aspect, x, y in draws[: 4 * ATTEMPTS].reshape(ATTEMPTS, 4).tolist():
         pixels = width * height * (min_area + (1 - min_area) * area)
         ratio = math.exp(math.log(4 / 3) * (2 * aspect - 1))

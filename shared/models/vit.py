@@ -58,7 +58,7 @@ def check_transformers() -> None:
 
 
 class DropPathLayer(ViTLayer):
-    """A block whose two branches are scaled for each sample: by 0, which skips it, or up (arXiv:1603.09382).
+    """A block whose two branches are scaled for each sample: by 0, which skips the branch, or up (arXiv:1603.09382).
 
     `recompute`: keep only a block's input, and compute the rest again in the backward (activation checkpointing).
     """
@@ -284,7 +284,7 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def pixel_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Return mean and standard deviation, in [0, 255], of the folder's image processor; None where it has none."""
+    """Return mean and standard deviation, in [0, 255], of the folder's image processor; None where there is none."""
     if not (folder / PREPROCESSOR).is_file():
         return None
     processor = json.loads((folder / PREPROCESSOR).read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep a run's folder, its position and its record, and end it."""
+"""Keep a run's folder, position and record, and end the run."""
 
 from .run import Run
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint import checkpoint_to_resume, checkpoints, put_aside, read_manifest
+from ..checkpoint import checkpoint_to_resume, checkpoints, quarantine, read_manifest
 from ..config import RunConfig
 from ..errors import UserError, job_folder, say, tell_job
 from ..files import replace_text, take_lock, to_disk
@@ -56,7 +56,7 @@ class Folder:
         tell_job("run_folder", str(self.path.resolve()))
         checkpoint, damaged = checkpoint_to_resume(self.checkpoints, run_config.resume_from_checkpoint)
         for line in damaged:
-            say(f"{line}; the one before it is taken", sys.stderr)
+            say(f"{line}; trying the one before it", sys.stderr)
         folders = read_json(self.path / "config.json").get("identity", identity)
         former = [folders, read_manifest(checkpoint)["identity"] if checkpoint else folders]
         refuse_other_values(identity, former, run_config.resume_override, checkpoint or self.path)
@@ -77,7 +77,7 @@ class Folder:
     def go_back(self, checkpoint: Path, metrics: "MetricsFile") -> list[dict]:
         """Quarantine the checkpoints past this one, drop the lines past it, and return the other lines."""
         with self.writing():
-            put_aside(self.checkpoints, checkpoint)
+            quarantine(self.checkpoints, checkpoint)
             return metrics.drop_after(read_manifest(checkpoint)["step"])
 
     @property

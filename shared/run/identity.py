@@ -31,7 +31,7 @@ def of_run(run_config: RunConfig, data_config, config, train: Description, held_
 
 
 def identity_of_data(train: Description, held_out: Description) -> dict:
-    """Return the data's part. It is not in the folder's name, so that the same command on changed data is refused."""
+    """Return the data's part, which is not in the folder's name: the same command on changed data is refused."""
     counts = {f"training_{train.unit}": train.samples, f"held_out_{train.unit}": held_out.samples}
     return counts | train.identity | {"data_fingerprint": f"{train.fingerprint} {held_out.fingerprint}"}
 
@@ -63,8 +63,8 @@ def refuse_other_values(mine: dict, former: list[dict], override: str, what: Pat
         lines["source"] = f"{', '.join(parts)} of the recipe {'was' if len(parts) == 1 else 'were'} edited"
         changes = ", ".join(lines[name] for name in sorted(changed - allowed))
         raise UserError(
-            f"{what} is of another run: {changes}. Give what it had, or another --output_dir; or --resume_override "
-            f"{','.join(sorted(changed))} to resume with the new values."
+            f"{what} belongs to another run: {changes}. Give the values it had, or another --output_dir; or "
+            f"--resume_override {','.join(sorted(changed))} to resume with the new values."
         )
 
 

@@ -23,9 +23,9 @@ MARGIN = 60
 
 
 class Interruption:
-    """The reasons to stop: each process notes what it alone can see; `agreed` answers alike on all at the same step.
+    """The reasons to stop: each process notes what only it can see; `agreed` returns the same on all, after each step.
 
-    A signal handler only sets a flag, so that no signal, nor a second one, can damage a save. The processes exchange
+    A signal handler only sets a flag, so that no signal, not even a second one, damages a save. The processes exchange
     one small message through gloo about every CHECK_SECONDS; it travels while they train, and is read a step later.
     """
 
@@ -33,7 +33,7 @@ class Interruption:
         """time_limit: seconds from now; 0 is the end of Slurm's job, where there is one."""
         self.stop_file = folder / "STOP"
         self.job_stop_file = (job_folder() or folder) / "STOP"  # slurm/launch.sh makes it on a signal
-        self.watches, self.watched = accelerator.is_main_process, 0.0  # files and clock; when it last did
+        self.watches, self.watched = accelerator.is_main_process, 0.0  # whether it watches files and clock; last time
         self.seen, self.steps_between, self.next_check = 0, 1, 0
         self.asked: tuple[float, int] | None = None  # when the last message was sent, and after which step
         self.reserve = 0.0  # seconds that a save and an evaluation took, at most
@@ -58,7 +58,7 @@ class Interruption:
         first = not self.seen
         self.note("signal")
         if self.watches and first:
-            line = f"\n{signal.Signals(number).name}: a checkpoint comes after this step, then the end\n"
+            line = f"\n{signal.Signals(number).name}: the run saves a checkpoint after this step and ends\n"
             with contextlib.suppress(OSError):  # Ctrl-C ends a `2>&1 | tee log` first
                 os.write(2, line.encode())
 
@@ -111,7 +111,7 @@ class Interruption:
         return REASONS[int(seen)]
 
     def close(self) -> None:
-        """Read the last message, so that no process leaves before its peers have it."""
+        """Read the last message, so that no process leaves before its peers have it; remove the STOP file."""
         self._answer()
         if self.watches:
             self.stop_file.unlink(missing_ok=True)
@@ -126,6 +126,6 @@ def _deadline(time_limit: float) -> float:
         return time.time() + time_limit
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     end = int(text) if text.isdecimal() else 0
-    # slurm/launch.sh has checked it in a job: it may have passed only while this process was starting.
+    # In a job slurm/launch.sh has checked it: it can only have passed while this process was starting.
     ours = job_folder() or ("SLURM_JOB_ID" in os.environ and end > time.time())
     return end - MARGIN if end and ours else 0

@@ -22,7 +22,7 @@ class Lines:
     def __init__(self, accelerator: Accelerator, log: Log, loader: Loader, metric: Metric, unit: str, config):
         self.accelerator, self.log, self.loader, self.metric = accelerator, log, loader, metric
         self.unit, self.batch, self.epochs = unit, config.global_batch_size, config.epochs
-        self.evaluation: dict = {}  # the last one's line
+        self.evaluation: dict = {}  # the line of the last evaluation
 
     def add_step(
         self, position: Position, tally: Tally, ledger: Ledger, learning_rate: float, grad_norm: Tensor | float

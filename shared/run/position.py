@@ -19,7 +19,7 @@ class Position:
 
     @property
     def epoch(self) -> int:
-        """Return the number of the last step's epoch, from 0 on."""
+        """Return the number of the last step's epoch, counted from 0."""
         return (self.step - 1) // self.epoch_steps
 
     @property

@@ -31,7 +31,7 @@ from .tally import Tally
 
 
 class Run(Position):
-    """A training's position and folder. Every process makes one and calls every method; only rank 0 writes.
+    """A run's position and folder. Every process makes one and calls every method; only rank 0 writes.
 
     The constructor locks the folder, refuses another run's configuration, and finds what to resume: `checkpoint` (None
     for a fresh start). It raises UserError before anything in the folder has changed.

@@ -267,7 +267,7 @@ def test_a_process_that_is_killed_is_named(jobs):
     pause.unlink()
     job.wait_until("FAILED")
     log = job.log.rstrip().splitlines()
-    assert log[-1] == "error: rank 1 was killed by SIGKILL, by the system where memory was short."
+    assert log[-1] == "error: rank 1 was killed by SIGKILL, probably because the node ran out of memory."
     assert "The first process that failed is rank 1:" in log
     assert job.fields["Restarts"] == "0"
 

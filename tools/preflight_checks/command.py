@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a plan of the words on the command line."""
+"""Make a plan from the words on the command line."""
 
 import argparse
 import math
@@ -52,7 +52,7 @@ def read_values(plan: Plan) -> Iterator[str]:
     if re.fullmatch("[1-9][0-9]*", nodes):
         plan.nodes = int(nodes)
     else:
-        yield f"--nodes {nodes} is not one number. Give how many nodes the job has."
+        yield f"--nodes {nodes} is not a single number. Give how many nodes the job has."
     yield from read_gpus(plan)
     flag = re.search(r"--mixed_precision[ =](\S+)", os.environ.get("RECIPES_LAUNCH_FLAGS", ""))
     plan.precision = flag[1] if flag else str(plan.topology.get("mixed_precision", "no"))
@@ -76,7 +76,7 @@ def read_time(plan: Plan) -> Iterator[str]:
     """Set the job's seconds; note where the machine's default ends it."""
     time, minutes = plan.option("time"), plan.facts.default_minutes
     if time and (seconds := seconds_of(time)) is None:
-        yield f"--time {time} is no time of Slurm. Give hours:minutes:seconds, as 20:00:00."
+        yield f"--time {time} is not a Slurm time. Give hours:minutes:seconds, as 20:00:00."
     elif time:
         plan.seconds = seconds
     elif plan.in_job:

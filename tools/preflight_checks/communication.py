@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimate how long a step's gradients travel."""
+"""Estimate how long the all-reduce of a step's gradients takes."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from .recipe import network
 
 
 def all_reduce(plan: Plan, task: Task) -> Iterator[str]:
-    """Yield a line on the all-reduce where nothing hides it: a ring sends the gradients 2 (n - 1) / n times."""
+    """Yield a line on the time of an all-reduce that nothing hides: a ring sends the gradients 2 (n - 1) / n times."""
     tensor, stages, size = plan.sizes(task)
     count = sum(weight.numel() for weight in network(plan, task).parameters())
     half = plan.kind.startswith("zero") and plan.precision != "no"

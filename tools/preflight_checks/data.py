@@ -20,7 +20,7 @@ def data(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def steps_per_epoch(plan: Plan, task: Task) -> int | None:
-    """Return None where there are no images, or they are not counted: class folders without an index take long."""
+    """Return an epoch's steps; None without images, or where counting them would take long: data without an index."""
     read, images = getattr(plan.module, "open_data", None), task.images
     if not read or not images:
         return None

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from .plan import Plan
 
 FULL = 0.95  # of a quota
-ROOM = {"disk": 10 * 10**9, "inodes": 10_000}  # bytes and files that a run may need; more is never too little
+ROOM = {"disk": 10 * 10**9, "inodes": 10_000}  # bytes and files that a run may need: as much left is enough
 Usage = tuple[str, int, int]  # what, used, most; in bytes or files
 
 
@@ -33,7 +33,7 @@ def caches(plan: Plan) -> Iterator[str]:
 
     if (built := given("TORCH_EXTENSIONS_DIR")) and at_home(built):
         yield f"TORCH_EXTENSIONS_DIR lies {small}. Unset it: slurm/launch.sh places it."
-    # The variable; the store and the folder that slurm/launch.sh gives it; where it is without them.
+    # The variable; the store and the folder in it that slurm/launch.sh chooses; the library's own default.
     places = (
         ("HF_HOME", "WORK", "huggingface", cache),
         ("TORCH_HOME", "WORK", "torch", cache),

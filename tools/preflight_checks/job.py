@@ -40,7 +40,7 @@ FIXED = {
 
 
 def launching(plan: Plan) -> Iterator[str]:
-    """Refuse options that change what slurm/launch.sh starts, or where; a job that runs has its place and its log."""
+    """Refuse options that change what slurm/launch.sh starts, or where; a running job already has place and log."""
     for name, (harmless, what, remedy) in FIXED.items():
         value, origin = plan.options.get(name, ("", ""))
         if value and not re.fullmatch(harmless, value) and (name == "ntasks-per-node" or not plan.in_job):
@@ -61,10 +61,10 @@ def counts(plan: Plan) -> Iterator[str]:
 
 
 def places(plan: Plan) -> Iterator[str]:
-    """Go where --chdir leads; refuse a log whose folder is not there: Slurm ends such a job without a word."""
+    """Change to the folder of --chdir; refuse a log whose folder is missing: Slurm ends such a job silently."""
     folder = plan.option("chdir")
     if folder and not Path(folder).is_dir():
-        yield f"--chdir={folder} is no folder. Make it, or leave the option out."
+        yield f"--chdir={folder} is not a folder. Make it, or leave the option out."
     elif folder:
         os.chdir(folder)
     known = {"x": plan.option("job-name"), "u": getpass.getuser(), "%": "%"}
@@ -72,7 +72,7 @@ def places(plan: Plan) -> Iterator[str]:
         pattern, origin = plan.options.get(name, ("", ""))
         log = Path(re.sub("%([xu%])", lambda match: known[match[1]], pattern))
         if pattern and (not log.parent.is_dir() or log.is_dir()):
-            yield f"--{name}={pattern} ({origin}) is no file in a folder that exists, and Slurm makes none. Make it."
+            yield f"--{name}={pattern} ({origin}) is not in an existing folder, and Slurm creates none. Make it."
 
 
 def cores(plan: Plan) -> Iterator[str]:
@@ -87,7 +87,7 @@ def cores(plan: Plan) -> Iterator[str]:
 
 
 def accounts(plan: Plan) -> Iterator[str]:
-    """Check the account, and the options that select the nodes; a job that runs has been let in."""
+    """Check the account, and the options that select the nodes; a running job has been accepted."""
     account, own = plan.option("account"), plan.facts.account
     if plan.in_job:
         return
@@ -131,7 +131,7 @@ def limits(plan: Plan) -> Iterator[str]:
 
 
 def too_much(plan: Plan, qos: str) -> Iterator[str]:
-    """Refuse more hours than the machine gives, more hours or GPUs than the QoS; name a QoS that gives as much."""
+    """Refuse more hours than the machine gives, more hours or GPUs than the QoS; name a QoS that gives enough."""
     facts, time, hours, gpus = plan.facts, plan.option("time"), plan.seconds / 3600, plan.world_size
     shown = qos if plan.option("qos") else f"{qos}, the default QoS"
     roomy = (each for each, most in facts.qos.items() if most["hours"] >= hours and most["gpus"] >= gpus)

@@ -44,7 +44,7 @@ def memory(plan: Plan) -> Iterator[str]:
 
 
 def offloaded(plan: Plan, host: float) -> Iterator[str]:
-    """Yield lines on the bytes of each GPU that wait in the host's memory; those of the job's GPUs share a node's."""
+    """Yield lines on each GPU's bytes that wait in the host's memory, which the job's GPUs of a node share."""
     asked, share = host * plan.gpus / GIGA, plan.gpus / plan.facts.gpus * plan.facts.memory * 10**9 / GIGA
     if asked:
         line = f"{asked:.1f} GiB of {share:.1f} that the job has there"
@@ -65,12 +65,12 @@ def remedies(plan: Plan, task: Task, totals: Callable, choices: dict[str, bool],
 
 
 def measure(plan: Plan, task: Task) -> Network:
-    """Build the recipe's model and optimizer, and count."""
+    """Build the recipe's model and optimizer, and count their bytes."""
     import memory_estimate
 
     model = network(plan, task)
     for module in model.modules():
-        module.recompute = False  # --activation_checkpointing; its bytes follow from the whole ones
+        module.recompute = False  # --activation_checkpointing; its bytes are derived from those without it
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     saved = memory_estimate.activations(model, task.images.image_size, plan.precision != "no")
     if getattr(task.config, "sequence_parallel", False):
@@ -82,7 +82,7 @@ def measure(plan: Plan, task: Task) -> Network:
 def estimate(plan: Plan, task: Task, model: Network, factor: int, recompute: bool) -> dict[str, float]:
     """Return bytes of a GPU by kind, with `total` for the greatest sum, and `host` for what is offloaded.
 
-    factor: times the accumulation steps. recompute: with activation checkpointing.
+    factor: how many times the accumulation steps. recompute: with activation checkpointing.
     """
     import memory_estimate
 
@@ -103,8 +103,8 @@ def estimate(plan: Plan, task: Task, model: Network, factor: int, recompute: boo
 
 
 def held(plan: Plan, model: Network, offloads: bool, split: dict) -> dict[str, float]:
-    """Return the bytes that stay, by kind, of the rank that holds most: of one of each stage, or of ZeRO's ranks,
-    which differ by the weights on their borders."""
+    """Return the bytes that stay, by kind, of the rank that holds most. It looks at one rank of each stage, and at
+    all ranks of ZeRO 1 and 2, which differ by the weights on their borders."""
     import memory_estimate
 
     kind, size = plan.kind, plan.world_size

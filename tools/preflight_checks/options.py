@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .plan import nearest
 
-# All that sbatch has: with a value, with one that may be missing, without one.
+# All options of sbatch: those with a value, with an optional value, and without one.
 OPTIONS = (
     "account,-A acctg-freq array,-a batch bb bbf begin,-b chdir,-D cluster-constraint clusters,-M comment "
     "constraint,-C container container-id core-spec,-S cores-per-socket cpu-freq cpus-per-gpu cpus-per-task,-c "
@@ -25,7 +25,7 @@ OPTIONS = (
     "contiguous hold,-H ignore-pbs no-requeue overcommit,-O oversubscribe,-s parsable quiet,-Q reboot requeue "
     "spread-job stepmgr test-only use-min-nodes verbose,-v wait,-W",
 )
-# Options that have a variable of sbatch, SBATCH_ and the name; other variables that stand for an option.
+# Options that sbatch also reads from a variable, SBATCH_ and the name; then other variables that stand for an option.
 NAMED = (
     "account constraint container cpus-per-gpu distribution error export gpu-bind gpus gpus-per-node gpus-per-task "
     "gres job-name mem-per-cpu mem-per-gpu open-mode output partition qos signal"
@@ -53,7 +53,7 @@ def resolve(script: Path, words: list[str], in_job: bool) -> tuple[dict[str, tup
     if in_job:
         options.pop("time", None)  # sbatch may have been given another
     variables = {f"SBATCH_{name.upper().replace('-', '_')}": name for name in NAMED.split()} | VARIABLES
-    for variable, name in variables.items():  # SLURM_* outside the job: of an interactive one that one submits from
+    for variable, name in variables.items():  # outside the job, SLURM_* are of an interactive one you submit from
         if os.environ.get(variable) and (in_job or variable.startswith("SBATCH_")):
             options[name] = os.environ[variable], f"${variable}"
     given, others = parse_options(words)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe a job as its command line, environment, headers and YAML say."""
+"""Describe a job as its command line, environment, headers and YAML define it."""
 
 import difflib
 import importlib
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def takes(self) -> list[str]:
-        """Return the strategies of the recipe."""
+        """Return the strategies that the recipe supports."""
         names = {each.name for each in fields(self.module.Config)}
         in_code = [name for name, size in zip(("tp", "pp"), self.splits, strict=True) if size in names]
         return [*getattr(self.module, "STRATEGIES", ("ddp",)), *in_code]

@@ -17,7 +17,7 @@ from .plan import Plan, Task, nearest
 
 
 def read_recipe(plan: Plan) -> Iterator[str]:
-    """Import its file, as `accelerate launch` would: with its own folder first."""
+    """Import the recipe's file as `accelerate launch` would: with its own folder first."""
     if not plan.recipe.is_file():
         recipes = [str(path.relative_to(plan.root)) for path in plan.root.glob("recipes/*.py")]
         yield f"no recipe {plan.recipe}. Give its path; the nearest is {nearest(str(plan.recipe), recipes)}."
@@ -40,7 +40,7 @@ def read_recipe(plan: Plan) -> Iterator[str]:
 
 
 def read_tasks(plan: Plan) -> Iterator[str]:
-    """Parse the flags by the recipe itself: once, or for each line of `@FILE`."""
+    """Let the recipe parse the flags: once, or for each line of `@FILE` that the array asks for."""
     file = next((Path(word[1:]) for word in plan.words if word.startswith("@")), None)
     if not plan.module:
         return
@@ -135,7 +135,7 @@ def cut(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def number_of_blocks(model) -> int:
-    """Return the length of its longest list of modules."""
+    """Return the length of the model's longest list of modules."""
     import torch
 
     return max(len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -152,7 +152,7 @@ def start(plan: Plan, task: Task) -> None:
 
 
 def wrapped(plan: Plan, task: Task) -> Iterator[str]:
-    """Refuse blocks for FSDP to wrap that the recipe's model does not have."""
+    """Refuse class names of blocks for FSDP to wrap that the recipe's model does not have."""
     settings = plan.section("fsdp")
     if settings.get("fsdp_auto_wrap_policy") == "TRANSFORMER_BASED_WRAP" and plan.kind in plan.takes:
         model, key = network(plan, task), "fsdp_transformer_layer_cls_to_wrap"
@@ -165,7 +165,7 @@ def wrapped(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def network(plan: Plan, task: Task):
-    """Return the recipe's model without memory, with 1,000 classes where the data is not looked at."""
+    """Return the recipe's model without memory, with 1,000 classes unless the data is the digits."""
     import torch
 
     with torch.device("meta"):

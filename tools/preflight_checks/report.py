@@ -23,7 +23,7 @@ def report(plan: Plan, task: Task) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}" for name, value, origin in rows]
     if len(plan.tasks) > 1:
-        lines.append(f"This is {task.name}; all {len(plan.tasks)} lines of the array are sound.")
+        lines.append(f"This is {task.name}; all {len(plan.tasks)} lines of the array passed.")
     return [*lines, crash_cost(plan, task)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a machine's YAML, and refuse what has no effect in it or another home."""
+"""Read a machine's YAML, and refuse keys that have no effect there or belong elsewhere."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -14,11 +14,11 @@ MISPLACED = {
     key: reason
     for keys, reason in {
         "rdzv_backend same_network enable_cpu_affinity max_restarts use_cpu": "accelerate ignores it there",
-        "num_machines num_processes machine_rank": "Slurm and slurm/launch.sh say it",
-        "main_process_ip main_process_port gpu_ids": "Slurm and slurm/launch.sh say it",
-        "gradient_accumulation_steps": "the recipe's --gradient_accumulation_steps says it",
-        "gradient_clipping": "the recipe's --max_grad_norm says it",
-        "train_batch_size train_micro_batch_size_per_gpu": "the recipe's --global_batch_size says it",
+        "num_machines num_processes machine_rank": "Slurm and slurm/launch.sh set it",
+        "main_process_ip main_process_port gpu_ids": "Slurm and slurm/launch.sh set it",
+        "gradient_accumulation_steps": "the recipe's --gradient_accumulation_steps sets it",
+        "gradient_clipping": "the recipe's --max_grad_norm sets it",
+        "train_batch_size train_micro_batch_size_per_gpu": "the recipe's --global_batch_size sets it",
     }.items()
     for key in keys.split()
 }
@@ -48,10 +48,10 @@ def topology(plan: Plan) -> Iterator[str]:
     if plan.kind == "hsdp" and plan.nodes == 1:
         yield "hsdp replicates the model over nodes, and there is one. Use fsdp, or give more --nodes."
     if plan.kind in ("fsdp", "hsdp") and plan.section("fsdp").get("fsdp_version") != 2:
-        yield f"{plan.yaml} asks for the first FSDP. Set fsdp_version: 2 in its fsdp_config."
+        yield f"{plan.yaml} asks for FSDP version 1. Set fsdp_version: 2 in its fsdp_config."
     for key, name, known in keys(plan.topology):
         if key in MISPLACED:
-            yield f"{key} stands in {plan.yaml}: {MISPLACED[key]}. Remove it."
+            yield f"{key} is set in {plan.yaml}: {MISPLACED[key]}. Remove it."
         elif name not in known:
             yield f"accelerate knows no key {key} of {plan.yaml}. The nearest is {nearest(name, known)}."
 

@@ -26,7 +26,7 @@ OPTIONS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # fused products wou
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return what `load` does, once per process: call it before worker processes are forked."""
+    """Return the result of `load`, called once per process: call this before worker processes are forked."""
     return load()
 
 
