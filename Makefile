@@ -30,8 +30,8 @@ demo: setup  ## train recipes/resnet.py on the embedded digits: about a minute o
 smoke: setup  ## two real steps of every recipe on this machine's GPU, else its CPU (RECIPE=resnet for one)
 	$(BIN)/python tools/smoke.py $(RECIPE)
 
-test: setup lint  ## the whole suite; of its three processes one mostly waits for Slurm
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+test: setup lint  ## the whole suite; of its four processes one mostly waits for Slurm
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest: setup  ## two steps of every recipe with the oldest versions of pyproject.toml (PYTHON up to 3.13); once a release
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -218,7 +218,7 @@ def test_hugging_face_data_that_does_not_fit_is_refused(packed, server, tmp_path
         (tmp_path / "text", {}, r"text, train has no Image among its columns text \(string\), label \(int64\)"),
         (tmp_path / "dev", {}, "has dev/ but no train/"),
         (packed["saved"], {"shuffle_block": 2}, "--shuffle_block 2 needs tar shards.* Leave it out"),
-        (packed["saved"], {"val_fraction": 0.1}, "--val_fraction 0.1 has no use"),
+        (packed["saved"], {"val_fraction": 0.1}, "--val_fraction 0.1 has no effect"),
     ):
         with pytest.raises(UserError, match=words):
             build("resnet_hf_datasets", data, run=run)

@@ -238,7 +238,7 @@ def test_packing_names_what_it_cannot_read(server, tmp_path, photographs):
         (["digits", "full", "--format", "tar"], "is not empty"),
         (["digits", "begun", "--format", "folder"], "begun with format tar"),
         (["nowhere", "new", "--format", "tar"], "does not exist"),
-        (["photographs", "new", "--format", "tar", "--val_fraction", "0.1"], "has no use"),
+        (["photographs", "new", "--format", "tar", "--val_fraction", "0.1"], "has no effect"),
         (["digits", "new", "--format", "tar", "--shard_size", "0"], "--shard_size 0 is out of range"),
         (["digits", "new", "--format", "tar", "--quality", "0"], "--quality 0 is out of range"),
         (["digits", "new", "--format", "tar", "--quality", "101"], "--quality 101 is out of range"),

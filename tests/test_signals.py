@@ -52,7 +52,7 @@ def test_each_way_to_stop_leaves_a_checkpoint_and_the_run_resumes(server: Server
         at_step(launch, folder, 1)
         launch.kill(launch.workers, number)
         stopped(launch, folder, "signal")
-        assert launch.output.read_text().count(f"{number.name}: a checkpoint comes after this step") == 1
+        assert launch.output.read_text().count(f"{number.name}: the run saves a checkpoint after this step") == 1
     launch = server.start(start)
     at_step(launch, folder, 1)
     (folder / "STOP").touch()
@@ -85,7 +85,7 @@ def test_a_signal_within_the_evaluation_waits_for_its_end(planted, whole, tmp_pa
     process = planted(SIGNALLED.format(number=int(signal.SIGUSR1)), tmp_path / "run")
     assert process.returncode == 0, process.stdout
     said = process.stdout
-    assert said.index("SIGUSR1: a checkpoint comes") < said.index("in the evaluation") < said.index("accuracy")
+    assert said.index("SIGUSR1: the run saves") < said.index("in the evaluation") < said.index("accuracy")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["stop_reason"], summary["steps"]) == ("interrupted", "signal", 13)
     assert same_until(tmp_path / "run", 13, whole)
@@ -128,12 +128,15 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(server: Server, runs, 
 
 
 def test_a_real_launcher_and_its_group_pass_signals_on(runs, data, whole):
-    """SIGTERM to torchrun's agent alone; then SIGINT to its process group, as Ctrl-C sends it, with two processes
-    and with one. The exit status is 0 without a launcher; torchrun makes it 1."""
+    """SIGTERM to torchrun's agent alone; then SIGINT to its process group, as Ctrl-C sends it. The exit status is 0
+    without a launcher; torchrun makes it 1."""
     folder = runs / "real"
     flags = [str(VIT_RECIPE), "--output_dir", str(folder), *data, *VIT, "--epochs", "30"]
-    ways = ((2, signal.SIGTERM, os.kill), (2, signal.SIGINT, os.killpg), (1, signal.SIGINT, os.killpg))
-    for processes, number, send in (*ways, (0, signal.SIGINT, os.killpg)):
+    for processes, number, send in (
+        (1, signal.SIGTERM, os.kill),
+        (2, signal.SIGINT, os.killpg),
+        (0, signal.SIGINT, os.killpg),
+    ):
         command = [*launch_command(num_processes=processes), *flags] if processes else flags
         output = runs / f"real-{processes}-{number}.txt"
         with open(output, "w") as out:

@@ -93,7 +93,7 @@ def test_where_nothing_can_be_decoded_one_line_says_so(tmp_path, monkeypatch):
     evaluation = Evaluation()
     for batch in loaders_of("nothing")[1]:
         evaluation.add(torch.zeros(len(batch.labels), 2), batch.labels, batch.valid)
-    with pytest.raises(UserError, match="not one of 3000 held-out images can be decoded"):
+    with pytest.raises(UserError, match="none of 3000 held-out images can be decoded"):
         evaluation.result(SimpleNamespace(mesh=None), 3000)
 
 

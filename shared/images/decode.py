@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
 END_OF_IMAGE = b"\xff\xd9"
 # A marker that cannot occur in compressed data: something else was written over a part of the file.
 STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
-MOST_PIXELS = 100_000_000  # of one image: a larger one is rejected as a possible decompression bomb
+MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
 METHODS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 PIXELS = {"I": "signed or 32-bit integers (PIL's mode I)", "F": "floating-point numbers (PIL's mode F)"}
 TURNS = {orientation: Image.Transpose[method] for orientation, method in enumerate(METHODS, 2)}  # by Exif's value
