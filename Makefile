@@ -9,7 +9,7 @@ BIN := .venv/bin
 DEMO := accelerate launch --config_file accelerate_configs/local_ddp.yaml recipes/resnet.py
 STAMP := .venv/.installed-$(subst $() ,-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo smoke test golden test-oldest soak fuzz bench lint lock help
+.PHONY: setup demo smoke test test-quick golden test-oldest soak fuzz bench lint lock help
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' Makefile
@@ -32,6 +32,9 @@ smoke: setup  ## two real steps of every recipe on this machine's GPU, else its 
 
 test: setup lint  ## the whole suite; of its four processes one mostly waits for Slurm
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-quick: setup lint  ## units and one launch of each family, for the inner loop: below three minutes
+	$(BIN)/python -m pytest --quick --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-oldest: setup  ## two steps of every recipe with the oldest versions of pyproject.toml (PYTHON up to 3.13); once a release
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

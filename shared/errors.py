@@ -14,8 +14,8 @@ class UserError(ValueError):
 
 
 def say(line: str, stream=None) -> None:
-    """Print a line without buffering, on standard output or the stream."""
-    print(line, file=stream or sys.stdout, flush=True)
+    """Print a line at once, in a single write: those of several processes do not mix, also under PYTHONUNBUFFERED."""
+    print(f"{line}\n", end="", file=stream or sys.stdout, flush=True)
 
 
 def job_folder() -> Path | None:

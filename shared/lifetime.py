@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UserError, tell_job
+from .errors import UserError, say, tell_job
 from .launch import error_file, launched, never_met, rank, under_torchrun, world_size
 
 PATIENCE = 60  # seconds in which processes must meet where no launcher watches them
@@ -66,7 +66,7 @@ def one_line(kind, error, trace) -> None:
             time.sleep(20)
         end_at_once(error)
     elif isinstance(error, KeyboardInterrupt):
-        print("\ninterrupted", file=sys.__stderr__, flush=True)
+        say("\ninterrupted", sys.__stderr__)
         end_workers()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a loop in a shell stops only for a death by signal
         os.kill(os.getpid(), signal.SIGINT)
@@ -80,7 +80,7 @@ def end_at_once(error: UserError) -> None:
     """Print the error's line and exit with status 1, from any thread."""
     _tell_launcher(f"error: {error}")
     # sys.stderr is a buffer here: init_process_group wraps the hook to prefix its output with the rank.
-    print(f"error: {error}", file=sys.__stderr__, flush=True)
+    say(f"error: {error}", sys.__stderr__)
     sys.stdout.flush()
     end_workers()  # those that have just started might not notice
     # Threads of a half-made process group could abort a normal exit and print over the line.

@@ -149,10 +149,23 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="run the units, and one launch of each family")
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Return whether `make test-quick` runs a test: a unit that is not marked slow, or a launch marked quick."""
+    launches = {"server", "cluster"} & {*item.fixturenames}
+    return bool(item.get_closest_marker("quick") or not (launches or item.get_closest_marker("slow")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort the longest files first, so that the processes that run tests end together; Slurm's, which waits, is the
     very first."""
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
+        items[:] = filter(is_quick, items)
 
 
 LONGEST = ("test_slurm", "test_strategies", "test_survival", "test_signals", "test_recipes", "test_loaders")
@@ -165,9 +178,9 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def deepspeeds_parts(worker_id) -> Iterator[None]:
+def deepspeeds_parts(worker_id, pytestconfig) -> Iterator[None]:
     """Build them in the background while other tests run."""
-    if worker_id != "gw0":
+    if worker_id != "gw0" or pytestconfig.getoption("--quick"):
         yield
         return
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

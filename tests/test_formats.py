@@ -183,16 +183,16 @@ sys.path.insert(0, sys.argv[1])
 rank = os.environ["RANK"]
 os.environ["SCRATCH"] = f"{sys.argv[2]}/cache-{rank}"  # of each process its own, as of each node
 from accelerate import PartialState
-from shared.errors import UserError
+from shared.errors import UserError, say
 from shared.images import index, open_data
 PartialState(cpu=True)
 index.PATIENCE = 0
 for data in ("bad", "good"):
     try:
         train, _ = open_data(f"{sys.argv[2]}/{data}", 0.0, 0)
-        print(f"{rank} has {len(train)}", flush=True)
+        say(f"{rank} has {len(train)}")
     except UserError as error:
-        print(f"{rank} cannot: {error}", flush=True)
+        say(f"{rank} cannot: {error}")
 PartialState().destroy_process_group()
 """
 

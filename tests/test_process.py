@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,14 @@ def test_no_output_fails_whatever_the_streams_are(redirections):
 def test_a_name_that_is_no_text_is_printed():
     process = script("print(os.fsdecode(b'caf\\xe9'), '\\u2192')", PYTHONIOENCODING="ascii")
     assert (process.returncode, process.stdout) == (0, "caf\\udce9 \\u2192\n"), process.stderr
+
+
+def test_a_line_is_one_write_also_without_buffers():
+    """Else the lines of several processes that write to one file mix."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from shared.errors import say; say('a line')"
+    subprocess.run([sys.executable, "-u", "-c", code, str(ROOT)], stdout=theirs, check=True, timeout=300)
+    assert ours.recv(100) == b"a line\n"
 
 
 # Ends

@@ -46,7 +46,7 @@ def load() -> ctypes.CDLL | None:
         return _declared(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
         if "ABSENT" not in str(error):
-            print(f"JPEGs will be decoded more slowly, without {SOURCE.name}: {error}", file=sys.stderr, flush=True)
+            say(f"JPEGs will be decoded more slowly, without {SOURCE.name}: {error}", sys.stderr)
         return None
 
 
