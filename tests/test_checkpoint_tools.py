@@ -246,7 +246,7 @@ def test_no_checkpoint_and_none_that_is_whole(damaged, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         exporter.choose(tmp_path, None)
     shutil.copytree(damaged / "checkpoints/step-00000006", tmp_path / "step-00000006")
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
         exporter.choose(tmp_path, None)
 
 

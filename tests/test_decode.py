@@ -353,6 +353,7 @@ def loading(code: str = LOAD, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment(**variables), **pipes)
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_make_it_once_for_all(library, tmp_path):
     processes = [loading(SCRATCH=str(tmp_path)) for _ in range(3)]
     answers = [process.communicate() for process in processes]
@@ -364,6 +365,7 @@ def test_processes_that_start_at_once_make_it_once_for_all(library, tmp_path):
     assert path.stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 def test_what_fails_is_said_in_one_line(library, tmp_path):
     (tmp_path / "file").touch()
     for variables in ({"CC": "false", "SCRATCH": str(tmp_path)}, {"SCRATCH": str(tmp_path / "file")}):

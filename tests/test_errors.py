@@ -99,6 +99,7 @@ def test_an_output_folder_below_a_file_is_refused(refusal, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_under_the_launcher_the_line_comes_first_and_ends_what_torchrun_adds(processes):
     words = launch_command(num_processes=processes)
@@ -123,7 +124,7 @@ def test_the_configuration_of_another_run_is_refused_by_name_and_kept(refusal, d
 
 
 def test_a_global_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UserError, match=r"100 training images do not fill .* Give --global_batch_size 100 or less"):
+    with pytest.raises(UserError, match=r"100 training samples do not fill .* Give --global_batch_size 100 or less"):
         TrainingOrder(100, 128, 128, 0, 1, seed=0)
 
 
@@ -252,6 +253,7 @@ def test_a_network_of_another_kind_is_refused(refusal, tmp_path):
     assert "is a bert, not a vit" in line
 
 
+@pytest.mark.slow
 def test_without_deepspeed_its_topologies_are_refused(tmp_path):
     """In an interpreter that sees every installed package but this one."""
     packages = Path(torch.__file__).parent.parent

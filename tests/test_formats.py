@@ -44,6 +44,7 @@ def test_every_format_gives_the_batches_of_the_digits(packed, reference, kind):
         assert ours.digest == theirs.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["digits", *FORMATS])
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("num_workers", [0, 2])

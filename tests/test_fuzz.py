@@ -9,6 +9,8 @@ import pytest
 
 from shared.images import native
 
+pytestmark = pytest.mark.slow
+
 PROBE = "#include <sanitizer/asan_interface.h>\n#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { }\n"
 
 

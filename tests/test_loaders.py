@@ -32,6 +32,7 @@ def reference() -> list[Batch]:
     return joined("resnet", "digits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "kind", "flags"),
     [
@@ -42,7 +43,7 @@ def reference() -> list[Batch]:
     ],
     ids=lambda value: value.get("pipeline", "") if isinstance(value, dict) else value.removeprefix("resnet_"),
 )
-@pytest.mark.parametrize(("size", "num_workers"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("size", "num_workers"), [(2, 2)])
 def test_every_map_style_loader_gives_the_batches_of_the_base(
     packed, reference, recipe, kind, flags, size, num_workers
 ):
@@ -119,6 +120,7 @@ def two_epochs() -> list[int]:
     return [batch.digest for step in (0, 11) for batch in loader.starting_at(step)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pipeline", "before", "after", "taken"),
     [

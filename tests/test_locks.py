@@ -15,6 +15,8 @@ from conftest import ROOT, wait_for
 from shared.files import complete, make_once, partial_of, remove_partials
 from shared.images import open_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def modules():

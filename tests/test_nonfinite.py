@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 import vits
 from kills import curve
 from vits import one_error
@@ -26,6 +27,7 @@ recipe.cross_entropy = cross_entropy
 """
 
 
+@pytest.mark.quick
 def test_a_loss_that_is_no_number_stops_before_the_update(planted, runs, whole, tmp_path):
     """Its gradients are finite here, as those of the logarithm of a constant are, and the step is the run's last."""
     folder = tmp_path / "run"

@@ -71,6 +71,7 @@ def test_evaluation_counts_each_sample_once_in_equally_many_full_batches(samples
     assert sorted(counted) == list(range(samples))
 
 
+@pytest.mark.quick
 def test_the_digest_of_each_step_does_not_depend_on_topology(topologies):
     digests = {name: run.series("samples_digest") for name, run in topologies.items()}
     reference = digests[1, 1]
@@ -78,6 +79,7 @@ def test_the_digest_of_each_step_does_not_depend_on_topology(topologies):
     assert all(series == reference for series in digests.values()), digests
 
 
+@pytest.mark.quick
 @pytest.mark.golden
 def test_with_group_norm_the_losses_agree_to_rounding_on_any_topology(topologies):
     reference = np.array(topologies[1, 1].series("loss"))

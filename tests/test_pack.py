@@ -36,6 +36,7 @@ photographs = pictures.photographs
 PACK = ROOT / "tools/pack.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_packing_that_was_killed_ends_complete(pack, tmp_path, kind):
     flags, begin = ("--format", kind, "--shard_size", "40"), time.monotonic()

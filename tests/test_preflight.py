@@ -20,6 +20,7 @@ login_node, run, collection = preflights.login_node, preflights.run, preflights.
 # A sound job
 
 
+@pytest.mark.slow
 def test_the_resolved_job_and_its_origins():
     words = "h100 fsdp -N4 --time 20:00:00 --mail-type END --exclusive -- recipes/vit.py --global_batch_size=1024"
     words += " --data digits --epochs 3 --drop_path=0.1"
@@ -297,6 +298,7 @@ def test_every_line_of_a_sweep_is_checked(run, tmp_path):
     assert f"{file} line 1 and {file} line 2 write to the same runs/resnet-" in line
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_is_read_with_its_own_parts(run, tmp_path):
     """The copy has its `shared` under another name, a flag of its own and another default."""
     shutil.copytree(ROOT / "shared", tmp_path / "my project/parts")

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import preflights
+import pytest
 from conftest import ROOT
 from preflights import RECIPES, VIT, command_line, sound
 
@@ -16,6 +17,7 @@ from shared.models.vit import vit_config
 login_node, run = preflights.login_node, preflights.run
 
 
+@pytest.mark.slow
 def test_dsdir_pretrained_and_data(tmp_path, monkeypatch, run):
     words = ["h100", "ddp", "-A", "abc@h100", "--", "recipes/vit.py", "--pretrained", "org/vit"]
     (line,) = run(*words).errors

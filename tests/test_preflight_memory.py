@@ -13,6 +13,8 @@ from preflights import sound
 
 from shared.models.vit import VisionTransformer, vit_config
 
+pytestmark = pytest.mark.slow
+
 login_node, run, collection = preflights.login_node, preflights.run, preflights.collection
 
 

@@ -21,6 +21,8 @@ from shared.images import ImageConfig
 from shared.images.index import cache_folder
 from shared.launch import LAUNCH, settle_variables
 
+pytestmark = pytest.mark.slow
+
 BEGIN = """import os, sys
 sys.path.insert(0, sys.argv[1])
 from shared import errors, launch, lifetime

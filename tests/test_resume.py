@@ -80,6 +80,7 @@ def curve(run: Result) -> list[tuple]:
     return [tuple(line.get(name) for name in names) for line in run.lines]
 
 
+@pytest.mark.quick
 def test_resume_at_an_epoch_end_is_bitwise_the_same(server, runs, flags, uninterrupted):
     first = train(runs / "resumed", *flags, "--max_steps", "12", server=server)
     before = first.summary

@@ -303,6 +303,7 @@ def test_a_warmup_that_the_run_does_not_leave_is_refused(recipe, word):
     assert config.warmup_epochs == 2.9
 
 
+@pytest.mark.slow
 def test_the_preflight_refuses_such_a_warmup():
     words = ["h100", "ddp", "--time=1:00:00", "-A", "abc@h100", "--", "recipes/resnet.py"]
     process = python("tools/preflight.py", *words, "--epochs", "5", "--warmup_epochs", "5")

@@ -109,6 +109,7 @@ def names() -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES]
 
 
+@pytest.mark.slow
 def test_importing_a_module_has_no_effect(tmp_path):
     """No compiler, hook, output, thread or file, and no error for an old library."""
     top = [node for path in MODULES for node in ast.parse(path.read_text()).body]
@@ -123,6 +124,7 @@ def test_importing_a_module_has_no_effect(tmp_path):
     assert (process.returncode, process.stdout) == (0, ""), process.stderr
 
 
+@pytest.mark.slow
 def test_one_interpreter_imports_all():
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     command = [sys.executable, "-c", code, *names()]

@@ -17,6 +17,8 @@ from shared.draws import augmentation_seed
 from shared.errors import UserError
 from shared.images import open_data
 
+pytestmark = pytest.mark.slow
+
 surroundings, packed = loading.surroundings, loading.packed
 
 

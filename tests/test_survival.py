@@ -45,14 +45,14 @@ def test_other_loaders_resume_where_they_were_killed(server: Server, runs, recip
 def test_a_run_resumes_on_every_topology(server: Server, runs, data, whole):
     """Its losses are those of one process up to rounding, which grows with the steps, as in test_strategies.py."""
     folder = runs / "topologies"
-    chain = {10: ("ddp", 2), 20: ("ddp", 1), 30: ("fsdp", 4), 40: ("fsdp", 2)}
+    chain = {6: ("ddp", 4), 12: ("fsdp", 8), 18: ("ddp", 1), 24: ("fsdp", 2)}
     for step, (strategy, processes) in chain.items():
         launch = {"num_processes": processes, "config_file": f"local_{strategy}.yaml", "recipe": VIT_RECIPE}
         run = train(folder, *data, *VIT, "--max_steps", str(step), server=server, **launch)
         assert run.summary["world_size"] == processes
-    losses = [line["loss"] for line in whole.lines if "loss" in line][:40]
+    losses = [line["loss"] for line in whole.lines if "loss" in line][:24]
     np.testing.assert_allclose(run.series("loss"), losses, rtol=1e-5)
-    assert run.series("samples_digest") == whole.series("samples_digest")[:40]
+    assert run.series("samples_digest") == whole.series("samples_digest")[:24]
 
 
 def test_checkpoints_in_the_background_are_the_same(server: Server, runs, data, whole):

@@ -17,6 +17,7 @@ def alone(server, tmp_path_factory) -> Result:
 
 
 # 16 parts of one sequence each: some micro-batches have no counted token.
+@pytest.mark.quick
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (1, 16), (2, 1), (4, 4)])
 def test_the_losses_are_those_of_one_process(server, tmp_path, alone, processes, accumulation):
     flags = [*FLAGS, "--gradient_accumulation_steps", str(accumulation)]
@@ -36,6 +37,7 @@ def test_means_of_means_are_another_loss(server, tmp_path, alone):
     assert difference.max() > 1e-3
 
 
+@pytest.mark.quick
 def test_a_run_that_is_killed_resumes_bit_by_bit(server, tmp_path, alone):
     words = [*launch_command()[2:], str(TOKENS), "--output_dir", str(tmp_path / "run"), *FLAGS]
     assert server.launch(words, env=environment(TOKENS_DIE_AT="7")).returncode

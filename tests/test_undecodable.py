@@ -97,6 +97,7 @@ def test_where_nothing_can_be_decoded_one_line_says_so(tmp_path, monkeypatch):
         evaluation.result(SimpleNamespace(mesh=None), 3000)
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_cut_off(pack, tmp_path, capfd):
     pack.main(words(pack, "digits", tmp_path / "tar", "--format", "tar", "--shard_size", "1000"))
     shard = tmp_path / "tar/train/000001.tar"

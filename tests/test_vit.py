@@ -153,6 +153,7 @@ def test_positions_are_interpolated_and_the_head_is_drawn_again(tmp_path):
         load_pretrained(tmp_path, 50, 10, 0.0, seed=0)
 
 
+@pytest.mark.slow
 def test_all_blocks_share_one_compiled_program(batch):
     model = network(drop_path=0.5).train()
     expected = model(*batch)

@@ -29,6 +29,8 @@ from shared.images.loader import WorkerLoader, worker_options
 from shared.lifetime import SIGNALS, one_line
 from shared.run.interruption import Interruption
 
+pytestmark = pytest.mark.slow
+
 surroundings, packed = loading.surroundings, loading.packed
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export the plain weights of a run's checkpoint, whatever strategy wrote it, and check that they are the network's.
 
-    python tools/export.py runs/vit-1d2f3a4b weights                              # the newest whole checkpoint
+    python tools/export.py runs/vit-1d2f3a4b weights                              # the newest complete checkpoint
     python tools/export.py runs/vit-1d2f3a4b weights --checkpoint step-00000308
 
 A network of transformers, such as the ViTs', becomes a folder for that library: for
@@ -95,8 +95,9 @@ def choose(folder: Path, name: str | None) -> Path:
         if reason is None:
             return path
         print(f"{path} is damaged: {reason}", file=sys.stderr, flush=True)
-    others = "Leave --checkpoint out to take the newest whole one." if name else "Resume the run to write another."
-    raise UserError(f"{f'{folder / name} is no' if name else f'{folder} holds no'} whole checkpoint. {others}")
+    others = "Leave --checkpoint out to take the newest complete one." if name else "Resume the run to write another."
+    what = f"{folder / name} is not a" if name else f"{folder} holds no"
+    raise UserError(f"{what} complete checkpoint. {others}")
 
 
 @contextlib.contextmanager
@@ -295,7 +296,7 @@ def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader, im
                 evaluation.add(model(batch.images[rows]), labels, batch.valid[rows])
                 taken += len(labels)
     if not taken:
-        raise UserError(f"not one of the {images} images can be decoded. Give more --images.")
+        raise UserError(f"none of the {images} images can be decoded. Give more --images.")
     return evaluation.result(accelerator, total if images == total else taken)
 
 

@@ -62,7 +62,7 @@ def limited(cluster, tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def topologies(cluster, tmp_path_factory, limited) -> SimpleNamespace:
-    """Run the same training on one node of two processes, by plain sbatch; on two nodes whose port is taken; on four
+    """Run the same training on one node of two processes, by plain sbatch; on two nodes whose port is taken; on two
     nodes, by submit.sh."""
     jobs, pythons = Jobs(cluster, tmp_path_factory.mktemp("topologies")), tmp_path_factory.mktemp("pythons")
     two = jobs.submit("2 nodes", "--hold", "--nodes=2", *TASKS, **LEFT)
@@ -71,46 +71,50 @@ def topologies(cluster, tmp_path_factory, limited) -> SimpleNamespace:
         taken.listen()
         cluster.output("scontrol", "release", str(two.number))
         one = jobs.submit("1 nodes", RECIPES_PROCESSES_PER_NODE="2", RECIPES_PREFLIGHT="", **two_pythons(pythons))
-        submit = [ROOT / "slurm/submit.sh", "h100", "ddp", *OPTIONS, "--nodes=4", "--", jobs.recipe.name]
-        four = cluster.sbatch(*submit, *jobs.flags("4 nodes"), cwd=jobs.folder, **jobs.variables)
+        submit = [ROOT / "slurm/submit.sh", "h100", "ddp", *OPTIONS, "--nodes=2", "--", jobs.recipe.name]
+        submitted = cluster.sbatch(*submit, *jobs.flags("submitted"), cwd=jobs.folder, **jobs.variables)
         two.wait_completed()
-    return SimpleNamespace(jobs=jobs, port=port, of={1: one.wait_completed(), 2: two, 4: four.wait_completed()})
+    return SimpleNamespace(
+        jobs=jobs,
+        port=port,
+        of={"1 nodes": one.wait_completed(), "2 nodes": two, "submitted": submitted.wait_completed()},
+    )
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_same_losses_as_without_slurm(topologies, local, nodes):
-    result = topologies.jobs.result(f"{nodes} nodes")
+@pytest.mark.parametrize("name", ["1 nodes", "2 nodes", "submitted"])
+def test_same_losses_as_without_slurm(topologies, local, name):
+    result = topologies.jobs.result(name)
     assert result.summary["status"] == "finished"
-    assert result.summary["world_size"] == result.summary["data_parallel_size"] == (2 if nodes == 1 else nodes)
+    assert result.summary["world_size"] == result.summary["data_parallel_size"] == 2
     assert result.series("samples_digest") == local.series("samples_digest")
     assert result.series("loss") == pytest.approx(local.series("loss"), rel=1e-5)
     assert result.config["shared"] == str(ROOT / "shared/__init__.py")
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_ranks_follow_the_nodes(topologies, nodes):
+@pytest.mark.parametrize("name", ["1 nodes", "2 nodes", "submitted"])
+def test_ranks_follow_the_nodes(topologies, name):
     """A line of the log has task, node and local rank, then what the process said of itself."""
-    log = topologies.of[nodes].log
-    host = topologies.of[nodes].fields["BatchHost"]
-    names = topologies.jobs.cluster.output("scontrol", "show", "hostnames", topologies.of[nodes].fields["NodeList"])
-    processes = [(0, rank) for rank in range(2)] if nodes == 1 else [(node, 0) for node in range(nodes)]
+    log = topologies.of[name].log
+    host = topologies.of[name].fields["BatchHost"]
+    names = topologies.jobs.cluster.output("scontrol", "show", "hostnames", topologies.of[name].fields["NodeList"])
+    processes = [(0, 0), (0, 1)] if name == "1 nodes" else [(0, 0), (1, 0)]
     assert names.split()[0] == host
     for rank, (node, local_rank) in enumerate(processes):
-        name = names.split()[node]
-        line = f"{node}: [{name}:{local_rank}]:process {rank} {len(processes)} {local_rank} {name} offline"
+        place = names.split()[node]
+        line = f"{node}: [{place}:{local_rank}]:process {rank} {len(processes)} {local_rank} {place} offline"
         assert log.count(line) == 1, log
 
 
 def test_one_launcher_a_node_whatever_the_shell_has_left(topologies):
     """It has all GPUs of its node, a gloo interface that leads to the first node, and the hard limit as soft limit."""
-    lines = re.findall(r":more (\S+) (\S+) (\S+) (.*) \S+ \((\d+), (\d+)\)", topologies.of[2].log)
+    lines = re.findall(r":more (\S+) (\S+) (\S+) (.*) \S+ \((\d+), (\d+)\)", topologies.of["2 nodes"].log)
     assert [line[:3] for line in lines] == [("2", "0,1,2,3", "lo")] * 2, lines
     assert not any("0x1" in bound for *_, bound, soft, hard in lines)
     assert all(soft == hard for *_, soft, hard in lines)
 
 
 def test_the_active_environment_runs_whatever_module_is_loaded(topologies):
-    log = topologies.of[1].log
+    log = topologies.of["1 nodes"].log
     assert re.search(r"^python: \S+/venv/bin/python$", log, re.M)
     assert "module " not in log
     assert "the python of the module" not in log
@@ -141,7 +145,7 @@ def test_nothing_is_left_in_the_submit_folder(topologies):
 
 
 def test_finished_job_requeued_ends_at_once(topologies):
-    job, result = topologies.of[1], topologies.jobs.result("1 nodes")
+    job, result = topologies.of["1 nodes"], topologies.jobs.result("1 nodes")
     before = result.lines
     job.cluster.output("scontrol", "requeue", str(job.number))
     job.wait_requeued(1)
@@ -208,9 +212,9 @@ def test_cancelled_job_saves_and_its_chain_goes_on(jobs, local):
 
 
 def test_lost_node(jobs, local):
-    """All processes of one of three nodes are killed: the others name the peer, and the run resumes elsewhere."""
+    """All processes of one of two nodes are killed: the other names the peer, and the run resumes elsewhere."""
     pause = jobs.stop_at(6)
-    job = jobs.submit("lost", "--nodes=3", flags=("--global_batch_size", "63"))
+    job = jobs.submit("lost", "--nodes=2")
     jobs.wait_for_step(6, job)
     nodes = job.cluster.output("scontrol", "show", "hostnames", job.fields["NodeList"]).split()
     job.cluster.kill_node(nodes[1])
@@ -219,7 +223,7 @@ def test_lost_node(jobs, local):
         job.wait_requeued(1)
         # gloo names the peer in one of two ways, at random.
         lost = r"\S+ \[\S+\]:\d+: Connection reset by peer|Connection closed by peer \[\S+\]:\d+"
-        assert re.search(rf"\[rank[02]\].* ({lost})", job.log), job.log
+        assert re.search(rf"\[rank0\].* ({lost})", job.log), job.log
         job.go_on()
         log = job.wait_completed().log
     finally:
@@ -232,12 +236,12 @@ def test_lost_node(jobs, local):
 
 def test_crash_is_not_repeated(jobs):
     """The log ends with the traceback of the rank that failed first."""
-    job = jobs.submit("crash", "--nodes=2", RECIPES_PROCESSES_PER_NODE="2", FAIL_ON="3")
+    job = jobs.submit("crash", "--nodes=2", FAIL_ON="1")
     job.wait_until("FAILED")
     *before, last = job.log.rstrip().splitlines()
     assert last == "RuntimeError: planted failure"
     assert [line for line in before if line.startswith("The first process")] == [
-        "The first process that failed is rank 3:"
+        "The first process that failed is rank 1:"
     ]
     assert jobs.result("crash").summary["status"] == "running"
     assert job.fields["Restarts"] == "0"
@@ -246,11 +250,11 @@ def test_crash_is_not_repeated(jobs):
 
 def test_sweep(jobs):
     """Each task of an array takes one line of a file, with quotes."""
-    lines = [f"--seed {seed} --max_steps 1 --output_dir '{ODD.replace(chr(39), '')}/{seed}'" for seed in range(1, 5)]
+    lines = [f"--seed {seed} --max_steps 1 --output_dir '{ODD.replace(chr(39), '')}/{seed}'" for seed in (1, 2)]
     (jobs.folder / "my sweep.txt").write_text("\n".join(lines) + "\n")
-    job = jobs.submit("sweep", "--array=1-4", flags=("@my sweep.txt",))
+    job = jobs.submit("sweep", "--array=1-2", flags=("@my sweep.txt",))
     wait_for(job.gone, "the array")
-    for seed in range(1, 5):
+    for seed in (1, 2):
         result = Result(None, jobs.folder / ODD.replace("'", "") / str(seed))
         assert result.summary["status"] == "finished"
         assert result.config["identity"]["seed"] == seed
