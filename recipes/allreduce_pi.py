@@ -10,8 +10,8 @@ Base: none.
     python recipes/allreduce_pi.py
     accelerate launch --config_file accelerate_configs/local_ddp.yaml --num_processes 4 recipes/allreduce_pi.py
 
-When: every process needs the sum of what all have. By a ring each of n sends 2 (n - 1) / n of the tensor: DDP's
-gradients of ViT-S, 84 MiB, cost 126 on 4 processes (benchmarks/results/communication_cpu2_2026-11-23.json).
+When: every process needs the sum of what all hold. In a ring of n processes each sends 2 (n - 1) / n of the tensor:
+for DDP's gradients of ViT-S, 84 MiB, 126 on 4 processes (benchmarks/results/communication_cpu2_2026-11-23.json).
 """
 
 import math
@@ -24,7 +24,7 @@ from shared.accelerator import build_accelerator
 from shared.config import parse
 from shared.errors import UserError
 
-MOST = 10**8  # intervals: 8 bytes each, in four arrays, on one process
+MOST = 10**8  # intervals: on one process they need four arrays of 8 bytes each, 3.2 GB
 
 
 @dataclass
@@ -40,7 +40,7 @@ def main(config):
         raise UserError(f"--intervals {config.intervals} is out of range. Give a value from 1 to {MOST}.")
     accelerator = build_accelerator(0, config)
     count, rank, world = config.intervals, accelerator.process_index, accelerator.num_processes
-    # pi is the integral of 4 / (1 + x^2) from 0 to 1; the middle of each interval stands for the whole of it.
+    # pi is the integral of 4 / (1 + x^2) from 0 to 1, here by the midpoint rule.
     share = torch.arange(count * rank // world, count * (rank + 1) // world, device=accelerator.device)
     x = (share.double() + 0.5) / count
     pi = (4 / (1 + x * x)).sum() / count

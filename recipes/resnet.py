@@ -21,8 +21,8 @@ ImageNet (command not yet run): --data $DSDIR/imagenet/RawImages --model resnet5
 --horizontal_flip --eval_crop_ratio 0.875 --epochs 90 --global_batch_size 1024 --learning_rate 0.4 --schedule cosine
 --warmup_epochs 5 --weight_decay 1e-4 --channels_last --compile, with --mixed_precision bf16 for the launcher.
 
-When: the network fits on one GPU many times over, as ResNet-50's 25.6 million weights do, so that copies of it share
-each batch. Measured on the digits, 2 CPU cores, three seeds: 98.9 to 99.4 % top-1 in
+When: the whole network fits on each GPU, as ResNet-50's 25.6 million weights do many times over; its copies share each
+batch. Measured on the digits, 2 CPU cores, three seeds: 98.9 to 99.4 % top-1 in
 31 to 33 s (benchmarks/results/accuracy_resnet_cpu2_2026-11-29.json).
 """
 
@@ -50,17 +50,17 @@ MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
-    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    model: MODELS = HfArg(default="resnet18", help="the network, by torchvision's name")
     norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
     sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
     epochs: Positive = HfArg(default=10, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
-    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
-    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs of rising learning rate")
+    learning_rate: NonNegative = HfArg(default=0.1, help="peak learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate curve")
+    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs in which the learning rate rises")
     momentum: Fraction = HfArg(default=0.9, help="Nesterov momentum of SGD")
     weight_decay: NonNegative = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
     max_grad_norm: NonNegative = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
@@ -70,7 +70,7 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, layout) for each in views]
@@ -85,7 +85,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum and its learning rate scheduler, which counts global steps."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -94,7 +94,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
+    """Apply the device, precision and data parallelism of the YAML with `accelerator.prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -110,9 +110,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -120,7 +120,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -146,7 +146,7 @@ def check(run_config, images, config, launch):
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels
-        raise UserError("bf16 gradients of such images are garbage on CPUs (oneDNN 3.13). Give --image_size 32.")
+        raise UserError("bf16 gradients of such small images are wrong on CPUs (oneDNN 3.13). Give --image_size 32.")
 
 
 def main(run_config, images, config):

@@ -18,11 +18,11 @@ Base: resnet.py. Changes: Dali, build_loaders.
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_dali.py --data FOLDER                                  # on each of four nodes, R = 0 to 3
 
-DALI is fed each batch's images in our order, from any storage, with the crops that our augmentation drew; the position
-is the checkpoint's step. Pixels are within 0.5 of 255 of resnet.py's in an image's mean, or 5 where that shrinks while
-it decodes. All but intact, plain JPEGs go to the decoder of all recipes, which names undecodable images.
+DALI gets each batch's images in the order of resnet.py, from any storage, with the same crops; the position is the
+checkpoint's step. On a CPU an image's pixels differ from resnet.py's by less than 0.5 of 255 in the mean, or 5 where
+resnet.py decodes at a reduced size. All but intact, plain JPEGs go to its decoder, which names undecodable images.
 
-When: a GPU has decoders to spare and its CPU few cores. Without a GPU it does not pay: 465 images/s of a core at
+When: the GPU's decoders are idle and the CPU has few cores. Without a GPU it does not pay: 465 images/s per core at
 224 px, DALI with its own reader 497, resnet.py 1,165 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
@@ -55,17 +55,17 @@ MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
-    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    model: MODELS = HfArg(default="resnet18", help="the network, by torchvision's name")
     norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
     sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
     epochs: Positive = HfArg(default=10, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
-    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
-    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs of rising learning rate")
+    learning_rate: NonNegative = HfArg(default=0.1, help="peak learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate curve")
+    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs in which the learning rate rises")
     momentum: Fraction = HfArg(default=0.9, help="Nesterov momentum of SGD")
     weight_decay: NonNegative = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
     max_grad_norm: NonNegative = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
@@ -75,7 +75,7 @@ class Config:
 
 
 class Dali:
-    """Batches of the views, decoded by a DALI pipeline; one is made while the one before trains."""
+    """Batches of the views, decoded by a DALI pipeline; the next one is made while the current one trains."""
 
     def __init__(self, views, num_threads, device):
         self.views, self.num_threads, self.device = views, max(1, num_threads), device
@@ -103,7 +103,7 @@ class Dali:
             self.copied.synchronize()  # DALI is about to overwrite its last output
         try:
             (pixels,) = self.pipeline.run(**dict(zip(FED, map(list, fed), strict=True)))
-        except RuntimeError as error:  # one bad image ends a pipeline: our decoder finds out which
+        except RuntimeError as error:  # one bad image ends a pipeline: our decoder finds out which one
             self.pipeline = None
             say(f"DALI failed, so this batch is decoded without it: {error}", sys.stderr)
             return self.views.__getitems__(samples)
@@ -114,7 +114,7 @@ class Dali:
         return batch._replace(images=images)
 
     def defer(self, image, view, seed, out):
-        """Note a plain JPEG, with the edges of its crop, for DALI, instead of rendering it."""
+        """Queue a plain JPEG and its crop's edges for DALI, or render another image; return whether it is mirrored."""
         # DALI decodes no further than the crop, and would not notice a truncated image.
         size = plain_jpeg(image) if isinstance(image, bytes) and intact(image) else None
         if size is None:
@@ -134,13 +134,13 @@ class Dali:
             jpegs, starts, ends = (fn.external_source(name=name, ndim=1) for name in FED)
             options = {"axes": [0, 1], "device": decoder, "output_type": types.RGB, "adjust_orientation": False}
             crops = fn.decoders.image_slice(jpegs, start=starts, end=ends, **options)
-            # A triangular filter where it shrinks, as on the CPU path: without it accuracy is lost.
+            # A triangular filter where the crop shrinks, as in the other recipes: without it accuracy is lost.
             pipeline.set_outputs(fn.resize(crops, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True))
         return pipeline
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, layout, read=Dali) for each in views]
@@ -155,7 +155,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum and its learning rate scheduler, which counts global steps."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -164,7 +164,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
+    """Apply the device, precision and data parallelism of the YAML with `accelerator.prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -180,9 +180,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -190,7 +190,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -216,7 +216,7 @@ def check(run_config, images, config, launch):
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels
-        raise UserError("bf16 gradients of such images are garbage on CPUs (oneDNN 3.13). Give --image_size 32.")
+        raise UserError("bf16 gradients of such small images are wrong on CPUs (oneDNN 3.13). Give --image_size 32.")
 
 
 def main(run_config, images, config):

@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a ResNet on a data set of Hugging Face's `datasets`, its rows read at random from the disk, offline.
+"""Train a ResNet on a data set of Hugging Face's `datasets`, whose rows are read in random order from disk, offline.
 
 Base: resnet.py. Changes: open_data, load, embedded_digits.
 
@@ -17,17 +17,17 @@ Base: resnet.py. Changes: open_data, load, embedded_digits.
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_hf_datasets.py --data FOLDER                           # on each of four nodes, R = 0 to 3
 
-FOLDER holds parquet files, whose names or folders say train or val (`tools/pack.py --format parquet` writes such), or
-was written by `save_to_disk`. A data set of the hub is read from the cache, which a machine with a network has filled:
+FOLDER holds parquet files, whose names or folders say train or val (`tools/pack.py --format parquet` writes them), or
+was written by `save_to_disk`. A data set of the hub is read from the cache; fill it on a machine with a network:
 
     HF_HUB_OFFLINE=0 python recipes/resnet_hf_datasets.py --data uoft-cs/cifar10 --max_steps 1
 
-`datasets` maps arrow files into memory and fetches a row when it is asked for one. So the order of the samples stays
-ours, and with it the loss curve on any number of processes: its own shuffle, and its split among nodes, are not used.
-Nor is its decoding, which makes a PIL image of each row: the bytes go to the decoder of all other recipes.
+`datasets` maps arrow files into memory and reads a row when it is asked for one. So the samples come in the order of
+resnet.py, the same on any number of processes: the library's own shuffle and its split among nodes are not used. Nor
+is its decoding, which makes a PIL image of each row: the bytes go to the decoder of all other recipes.
 
-When: the images lie in a hub's format, or programs beside this one read them by `datasets`. Measured on 2 CPU cores,
-one worker, images/s of a core at 224 px: 1,159 from parquet and 1,165 from tar shards by our decoder, 267 where
+When: the images are in the hub's format, or other programs read them with `datasets` too. Measured on 2 CPU cores,
+one worker, images/s per core at 224 px: 1,159 from parquet and 1,165 from tar shards with our decoder, 267 where
 `datasets` decodes and torchvision transforms (benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
@@ -64,17 +64,17 @@ MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
-    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    model: MODELS = HfArg(default="resnet18", help="the network, by torchvision's name")
     norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
     sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
     epochs: Positive = HfArg(default=10, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
-    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
-    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs of rising learning rate")
+    learning_rate: NonNegative = HfArg(default=0.1, help="peak learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate curve")
+    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs in which the learning rate rises")
     momentum: Fraction = HfArg(default=0.9, help="Nesterov momentum of SGD")
     weight_decay: NonNegative = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
     max_grad_norm: NonNegative = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
@@ -84,7 +84,7 @@ class Config:
 
 
 def open_data(data, val_fraction, seed, shuffle_block, *columns):
-    """Return the training and the held-out rows of `--data`; without a held-out part, it is drawn from the seed."""
+    """Return the training and the held-out rows of `--data`; without a held-out part, one is drawn from the seed."""
     if shuffle_block:
         raise UserError(
             f"--shuffle_block {shuffle_block} needs tar shards: recipes/resnet.py reads them. Leave it out."
@@ -96,7 +96,7 @@ def open_data(data, val_fraction, seed, shuffle_block, *columns):
 
 
 def load(data):
-    """Return {part: its rows} of a folder, by the rules of all recipes, or of the hub's cache."""
+    """Return {part: its rows} of a folder, read by the rules of all recipes, or of a data set in the hub's cache."""
     import datasets
 
     if Path(data).is_dir():
@@ -115,7 +115,7 @@ def load(data):
 
 
 def embedded_digits():
-    """Return scikit-learn's digits as a `datasets` data set, made as a user would make one of any images."""
+    """Return scikit-learn's digits as {part: `datasets.Dataset`}, made as a user would make it from any images."""
     from datasets import ClassLabel, Dataset, Features, Image
 
     parts = dict(zip(("train", "validation"), open_files("digits", 0, 0), strict=True))
@@ -127,7 +127,7 @@ def embedded_digits():
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, layout) for each in views]
@@ -142,7 +142,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum and its learning rate scheduler, which counts global steps."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -151,7 +151,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
+    """Apply the device, precision and data parallelism of the YAML with `accelerator.prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -167,9 +167,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -177,7 +177,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -203,7 +203,7 @@ def check(run_config, images, config, launch):
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels
-        raise UserError("bf16 gradients of such images are garbage on CPUs (oneDNN 3.13). Give --image_size 32.")
+        raise UserError("bf16 gradients of such small images are wrong on CPUs (oneDNN 3.13). Give --image_size 32.")
 
 
 def main(run_config, images, config):

@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a ResNet from torchdata's loaders, which know their position and save it in each checkpoint.
+"""Train a ResNet with torchdata's loaders, which know their position; each checkpoint saves it.
 
 Base: resnet.py. Changes: Epochs, read_nodes, read_dataloader, set_position, build_loaders, train_one_epoch, main.
 
@@ -17,14 +17,14 @@ Base: resnet.py. Changes: Epochs, read_nodes, read_dataloader, set_position, bui
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_torchdata.py                                           # on each of four nodes, R = 0 to 3
 
-resnet.py needs no such state, because its order of samples is a function of the step. Where an order is not, a loader
-must remember: --pipeline nodes composes it of torchdata.nodes, each with a state of its own, and decodes in threads;
---pipeline dataloader is StatefulDataLoader, PyTorch's DataLoader and its processes with a state. The state of ours
-counts epochs and micro-batches, which are the same on each process and on any number of them. StatefulDataLoader's
-also holds the number of its workers, and needs the same one.
+resnet.py needs no such state, because its order of samples is a function of the step. If your order is not, the loader
+must remember its position. --pipeline nodes composes a loader from torchdata.nodes, each with its own state, and
+decodes in threads; --pipeline dataloader is StatefulDataLoader: PyTorch's DataLoader, with its worker processes, and a
+state. The state here counts epochs and micro-batches, which are equal on all processes and on any number of them.
+StatefulDataLoader's state also holds its number of workers: it can only be loaded with the same --num_workers.
 
 When: the order of your samples cannot be a function of the step, or threads suit you better than processes. Measured
-on 2 CPU cores, images/s of a core at 224 px: 1,134 by one thread of nodes, 1,165 by one worker process
+on 2 CPU cores, images/s per core at 224 px: 1,134 with one thread of nodes, 1,165 with one worker process
 (benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
@@ -55,28 +55,28 @@ MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
-    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    model: MODELS = HfArg(default="resnet18", help="the network, by torchvision's name")
     norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
     sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
     epochs: Positive = HfArg(default=10, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
-    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
-    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs of rising learning rate")
+    learning_rate: NonNegative = HfArg(default=0.1, help="peak learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate curve")
+    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs in which the learning rate rises")
     momentum: Fraction = HfArg(default=0.9, help="Nesterov momentum of SGD")
     weight_decay: NonNegative = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
     max_grad_norm: NonNegative = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
     channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
     compile: bool = HfArg(default=False, help="torch.compile the model")
-    pipeline: Literal["nodes", "dataloader"] = HfArg(default="nodes", help="threads of nodes, or worker processes")
+    pipeline: Literal["nodes", "dataloader"] = HfArg(default="nodes", help="decode in threads, or in worker processes")
 
 
 class Epochs:
-    """A batch sampler that moves from epoch to epoch by itself and gives its position, by torchdata's two methods."""
+    """A batch sampler that counts the epochs itself; its position is its state_dict, as torchdata expects."""
 
     def __init__(self, order):
         self.order, self.epoch, self.drawn = order, 0, 0
@@ -98,11 +98,11 @@ class Epochs:
 
 
 def read_nodes(views, num_workers, device):
-    """Return host batches of the views, rendered by threads: decoding releases Python's lock."""
+    """Return host batches of the views, rendered by threads: decoding releases Python's global lock."""
     from torchdata import nodes
 
     node = nodes.SamplerWrapper(Epochs(views.order))
-    node = nodes.ParallelMapper(node, views.__getitems__, max(1, num_workers))  # one thread at least, for its state
+    node = nodes.ParallelMapper(node, views.__getitems__, max(1, num_workers))  # without a thread its state differs
     if device.type == "cuda":
         node = nodes.PinMemory(node, "cuda")  # else all processes pin on the first GPU
     return nodes.Loader(nodes.Prefetcher(node, prefetch_factor=2))
@@ -130,7 +130,7 @@ def set_position(loader, checkpoint, num_workers):
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     reads = {"nodes": read_nodes, "dataloader": read_dataloader}[config.pipeline], WorkerLoader
     options = accelerator.device, run_config.num_workers, layout
@@ -147,7 +147,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum and its learning rate scheduler, which counts global steps."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -156,7 +156,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
+    """Apply the device, precision and data parallelism of the YAML with `accelerator.prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -172,9 +172,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -182,7 +182,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -209,7 +209,7 @@ def check(run_config, images, config, launch):
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels
-        raise UserError("bf16 gradients of such images are garbage on CPUs (oneDNN 3.13). Give --image_size 32.")
+        raise UserError("bf16 gradients of such small images are wrong on CPUs (oneDNN 3.13). Give --image_size 32.")
 
 
 def main(run_config, images, config):

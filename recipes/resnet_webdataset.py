@@ -6,10 +6,10 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a ResNet from tar shards that webdataset streams: each process reads its files from end to end.
+"""Train a ResNet on tar shards that webdataset streams: each process reads its files from beginning to end.
 
 Base: resnet.py. Changes: Streams, places, Joined, read_streams, read_shards, shuffle, write_digits, build_loaders.
-Longer than 250 lines: the readers, which keep the samples of a step on any number of processes, are the lesson.
+Longer than 250 lines: the readers, which keep a step's samples the same on any number of processes, are the lesson.
 
     python recipes/resnet_webdataset.py                                       # a laptop, the digits
     L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
@@ -18,19 +18,19 @@ Longer than 250 lines: the readers, which keep the samples of a step on any numb
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 32 \\
         recipes/resnet_webdataset.py --data SHARDS --num_streams 256          # on each of four nodes, R = 0 to 3
 
-SHARDS holds train/*.tar and val/*.tar, from tools/pack.py or of webdataset's convention. The epoch's shards, in an
-order drawn from the seed, are cut into `--num_streams` equal pieces, at any image. A stream reads its piece through
-webdataset, shuffles within SHUFFLE_BUFFER images, and gives an equal share of each global batch; processes and
-their workers divide the streams. So each step has the same images on any number of processes x workers that divides
-the streams, all processes have equally many steps, and an epoch takes each image once. A resumed run reads its
-streams again up to its step, without decoding.
+SHARDS holds train/*.tar and val/*.tar, from tools/pack.py or in webdataset's convention. The epoch's shards, in an
+order drawn from the seed, are cut at any image into `--num_streams` equal pieces. A stream reads its piece through
+webdataset, shuffles it within a buffer of SHUFFLE_BUFFER images, and gives an equal share of each global batch. The
+processes and their workers divide the streams. So each step has the same images on any number of processes x workers
+that divides --num_streams, all processes have equally many steps, and an epoch takes each image at most once. A
+resumed run reads its streams again up to its step, without decoding.
 
-It cannot promise the order of the other loaders, or the same one with another --num_streams. And images that lie in
-one shard meet in nearby steps: shards must have been filled at random, as tools/pack.py does.
+The order is not that of the other loaders, and changes with --num_streams. Images that lie in one shard meet in nearby
+steps, so shards must have been filled at random, as tools/pack.py does.
 
-When: the file system is slow at random reads, or each node can hold a part of the shards. Measured on 2 CPU cores, one
-worker, images/s of a core at 224 px: 877, against 1,165 of the same shards at random out of the page cache, and
-240 of webdataset with PIL, as its examples use it (benchmarks/results/loaders_cpu2_2026-11-29.json).
+When: the file system is slow at random reads: here each shard is read from beginning to end. Measured on 2 CPU cores,
+one worker, images/s per core at 224 px: 877, against 1,165 for random reads of these shards from the page cache,
+and 240 for webdataset with PIL, as in its examples (benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
 import copy
@@ -83,28 +83,28 @@ MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
-    model: MODELS = HfArg(default="resnet18", help="torchvision's name")
+    model: MODELS = HfArg(default="resnet18", help="the network, by torchvision's name")
     norm: Literal["batch", "group"] = HfArg(default="batch", help="group: the same statistics on any topology")
     sync_batch_norm: bool = HfArg(default=False, help="share batch norm's statistics among the GPUs")
     epochs: Positive = HfArg(default=10, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=0.1, help="greatest learning rate, at the end of the warmup")
-    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate")
-    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs of rising learning rate")
+    learning_rate: NonNegative = HfArg(default=0.1, help="peak learning rate, at the end of the warmup")
+    schedule: Literal["one_cycle", "cosine"] = HfArg(default="one_cycle", help="shape of the learning rate curve")
+    warmup_epochs: NonNegative = HfArg(default=3.0, help="epochs in which the learning rate rises")
     momentum: Fraction = HfArg(default=0.9, help="Nesterov momentum of SGD")
     weight_decay: NonNegative = HfArg(default=5e-4, help="L2 penalty; norms and biases have none")
     max_grad_norm: NonNegative = HfArg(default=0.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
     channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
     compile: bool = HfArg(default=False, help="torch.compile the model")
-    num_streams: Positive = HfArg(default=8, help="parts of the shards that are read side by side, by all processes")
+    num_streams: Positive = HfArg(default=8, help="pieces of the shards that all processes together read in parallel")
 
 
 class Streams(IterableDataset):
-    """The parts of batches that one reader, a worker or a process without workers, makes of its streams."""
+    """The parts of batches that one reader (a worker, or a process without workers) makes from its streams."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Streams(IterableDataset):
 
     def _check(self, size: int, workers: int) -> None:
         if self.order.blocks is not None:
-            raise UserError("--shuffle_block has no effect: streams shuffle what lies together. Leave it out.")
+            raise UserError("--shuffle_block has no effect: streams already shuffle what lies together. Leave it out.")
         if len(self.counts) < self.readers:
             raise UserError(
                 f"{len(self.counts)} shards are fewer than {size} processes x {workers} workers, which read each its "
@@ -155,7 +155,7 @@ class Streams(IterableDataset):
         return self._train(reader) if isinstance(self.order, TrainingOrder) else self._evaluate(reader)
 
     def _train(self, reader: int) -> Iterator[Batch]:
-        """Yield equally many images of each of the reader's streams, from the step on."""
+        """Yield batches with equally many images of each of the reader's streams, from the step to its epoch's end."""
         order = self.order
         epoch, step = divmod(int(self.step), order.steps_per_epoch)
         share = order.global_batch_size // self.num_streams
@@ -166,7 +166,7 @@ class Streams(IterableDataset):
             yield self.views.fill([next(places) for places in streams for _ in range(share // micro_steps)])
 
     def _stream(self, epoch: int, number: int) -> Iterator[Candidate]:
-        """Yield the shuffled piece of one stream, then the images that follow it."""
+        """Yield the shuffled piece of one stream, then the images after it, which may replace undecodable ones."""
         views = self.views
         shards = np.argsort(random_bits(len(self.counts), views.seed, epoch), kind="stable")
         ends = np.cumsum(self.counts[shards])
@@ -200,7 +200,7 @@ def places(stream: Iterator[Candidate]) -> Iterator[Iterator[Candidate]]:
 
 
 class Joined:
-    """Whole batches on the device, from the parts of this process's readers."""
+    """Whole batches on the device, joined from the parts of this process's readers."""
 
     def __init__(self, streams: Streams, num_workers: int, device: torch.device):
         self.streams, self.workers, self.device = streams, max(1, num_workers), device
@@ -230,14 +230,14 @@ def read_streams(
     """Return batches of the streams, for a Loader's `read`.
 
     read_shards: yields the images of a source in the shards of these numbers. shuffle: yields the items of an iterator
-    in an order that depends on the random state alone. rank, size: data-parallel.
+    in an order that depends on the random state alone. rank, size: as data_parallel returns them.
     """
     return Joined(Streams(views, rank, size, num_workers, num_streams, read_shards, shuffle), num_workers, device)
 
 
 def read_shards(source, shards):
-    """Yield (sample index, function that reads it) of the source's images in these shards, as they lie there; at
-    the end those that a truncated shard has lost."""
+    """Yield (sample index, function that reads it) of the source's images in these shards, as they lie there; after
+    each shard, those that a truncation has cut off."""
     import webdataset as wds
 
     index = source.images.index
@@ -245,7 +245,7 @@ def read_shards(source, shards):
         rows = np.flatnonzero(index.shard == shard)
         waiting = {os.fsdecode(index.names[row]): int(row) for row in rows[np.argsort(index.offset[rows])]}
         paths = wds.SimpleShardList([os.path.join(source.images.folder, index.shards[shard])])
-        # A sample is a dictionary of bytes: they are not decoded here, so that no pickle in a shard is ever read.
+        # A sample is a dictionary of bytes. Nothing is decoded here, so that no pickle in a shard is ever loaded.
         for sample in wds.DataPipeline(paths, wds.tarfile_to_samples(handler=wds.ignore_and_stop)):
             kind = image_kind(sample)
             if kind and sample["__key__"] in waiting:
@@ -255,7 +255,7 @@ def read_shards(source, shards):
 
 
 def shuffle(samples, random_state, buffer):
-    """Shuffle by webdataset: draw each next sample from a buffer that holds this many."""
+    """Shuffle with webdataset: draw each sample from a buffer of this many."""
     import webdataset as wds
 
     return wds.shuffle(buffer, rng=random_state)(samples)
@@ -273,7 +273,7 @@ def write_digits(folder):
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed, step, streams."""
     if images.data == "digits":
         folder = on_main_process(accelerator, make_once, cache_folder() / "digits-in-shards", write_digits)
         images = replace(images, data=str(folder))
@@ -294,7 +294,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return SGD with Nesterov momentum, and its learning rate as a function of the global step."""
+    """Return SGD with Nesterov momentum and its learning rate scheduler, which counts global steps."""
     groups, nesterov = parameter_groups(model, config.weight_decay), config.momentum > 0
     # fused: one pass over weights, gradients and momenta instead of one for each operation.
     optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)
@@ -303,7 +303,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision and data parallelism that the YAML sets, by `prepare`."""
+    """Apply the device, precision and data parallelism of the YAML with `accelerator.prepare`."""
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -319,9 +319,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -329,7 +329,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -355,7 +355,7 @@ def check(run_config, images, config, launch):
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels
-        raise UserError("bf16 gradients of such images are garbage on CPUs (oneDNN 3.13). Give --image_size 32.")
+        raise UserError("bf16 gradients of such small images are wrong on CPUs (oneDNN 3.13). Give --image_size 32.")
 
 
 def main(run_config, images, config):

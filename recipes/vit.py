@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a Vision Transformer, whole on each GPU or sharded over them: the YAML alone decides, the losses stay alike.
+"""Train a Vision Transformer, whole on each GPU or sharded over them: the YAML alone decides, the losses are the same.
 
 Base: resnet.py. Changes: Images, build_loaders, build_model, build_optimizer, parallelize, train_one_epoch, check,
 main.
@@ -18,16 +18,16 @@ main.
     $L/local_hsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \\
         --num_processes 32 --parallelism_config_dp_replicate_size 4 recipes/vit.py --model G   # on each of four nodes
 
-ImageNet (command not yet run), after big_vision's ViT-S/16 of 76.5 % in 90 epochs, less its RandAugment and MixUp, and
-with a class token, learned positions and a linear head instead of average pooling, sines and a hidden layer:
+ImageNet (command not yet run), after big_vision's ViT-S/16 (76.5 % in 90 epochs), less its RandAugment and MixUp, and
+with a class token, learned positions and a linear head instead of average pooling, sine positions and a hidden layer:
 --data $DSDIR/imagenet/RawImages --model S --patch_size 16 --image_size 224 --min_crop_area 0.05 --horizontal_flip
 --eval_crop_ratio 0.875 --epochs 90 --global_batch_size 1024 --learning_rate 1e-3 --warmup_epochs 8 --weight_decay 0.1
 --label_smoothing 0 --compile, with --mixed_precision bf16 for the launcher.
 
-When: ddp as long as weights, gradients and Adam's state fit, 16 bytes a parameter (ViT-B: 1,321 MiB). On 4 processes
-fsdp leaves 332 MiB of them, hsdp 2x2 662, zero2 671, zero3 413 (benchmarks/results/memory_cpu2_2026-11-26.json).
-Measured on the digits, 2 CPU cores, three seeds: 97.5 to 98.3 % top-1, median 97.8, in 78 to 152 s
-(benchmarks/results/accuracy_vit_cpu2_2026-11-29.json).
+When: ddp as long as weights, gradients and Adam's state fit, 16 bytes per parameter (ViT-B: 1,321 MiB). Each of 4
+processes holds at most 332 MiB of them under fsdp, 662 under hsdp 2x2, 671 under zero2, 413 under zero3
+(benchmarks/results/memory_cpu2_2026-11-26.json). Measured on the digits, 2 CPU cores, three seeds: 97.5 to 98.3 %
+top-1, median 97.8, in 78 to 152 s (benchmarks/results/accuracy_vit_cpu2_2026-11-29.json).
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Images(ImageConfig):
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
@@ -76,25 +76,25 @@ class Config:
     epochs: Positive = HfArg(default=60, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="peak learning rate, at the end of the warmup")
     warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases, class token and positions have none")
     max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    drop_path: Rate = HfArg(default=0.0, help="share of branches skipped in the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """Return the whole network on the CPU; its weights depend on seed and name alone, or are the pretrained ones."""
+    """Return the whole network on the CPU, pretrained or with weights that depend on seed and parameter name alone."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -109,7 +109,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW and its learning rate scheduler, which counts global steps."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -118,7 +118,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision, replicas and shards that the YAML sets, by `prepare`."""
+    """Apply the device, precision, replicas and shards of the YAML with `accelerator.prepare`."""
     if config.compile:
         for block in model.vit.layers:
             block.compile()
@@ -133,9 +133,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -143,7 +143,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -165,7 +165,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Raise UserError for a network that is missing or does not fit, before the processes connect."""
+    """Raise UserError for a missing network, or patches that do not tile the image, before the processes connect."""
     network_sizes(images, config)
 
 

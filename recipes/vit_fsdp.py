@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Shard a Vision Transformer by FSDP2 in code: weights that exist only in shards, and what a YAML cannot choose.
+"""Shard a Vision Transformer with FSDP2 in code: weights that exist only in shards, and what a YAML cannot set.
 
 Base: vit.py. Changes: build_model, parallelize, main.
 
@@ -16,11 +16,11 @@ Base: vit.py. Changes: build_model, parallelize, main.
     $L/local_hsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
         --num_processes 32 --parallelism_config_dp_replicate_size 4 recipes/vit_fsdp.py --model G   # on each of four
 
-vit.py under the same YAMLs builds the whole network in every process, and reduces gradients in the half precision of
-the weights; here it is built without memory, filled shard by shard, and gradients are reduced in fp32.
+vit.py under the same YAMLs builds the whole network in every process and, in mixed precision, reduces gradients in 16
+bits. Here the network is built without memory, its shards are filled one by one, and gradients are reduced in fp32.
 
-When: no process can hold the whole. ViT-G has 27.5 GiB of weights, gradients and Adam's state in fp32; of 8 processes
-each holds 3.4, of 1,024 rank 0 holds 39 % more than its share, since rows are not cut
+When: no process can hold the whole network. ViT-G has 27.5 GiB of weights, gradients and Adam's state in fp32; each of
+8 processes holds 3.4. Of 1,024, rank 0 holds 39 % more than its share, since FSDP2 shards whole rows
 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
@@ -63,7 +63,7 @@ class Images(ImageConfig):
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
@@ -71,27 +71,27 @@ class Config:
     epochs: Positive = HfArg(default=60, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="peak learning rate, at the end of the warmup")
     warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases, class token and positions have none")
     max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    drop_path: Rate = HfArg(default=0.0, help="share of branches skipped in the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
-    reshard_after_forward: bool = HfArg(default=True, help="drop a block's weights until its backward: less memory")
+    reshard_after_forward: bool = HfArg(default=True, help="free a block's weights until its backward: less memory")
     prefetch: Natural = HfArg(default=1, help="blocks whose weights are gathered ahead; 0 leaves it to FSDP2")
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """Return the network without memory, on the meta device; or the pretrained one on the CPU."""
+    """Return the network on the meta device, without memory, or the pretrained one on the CPU."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -105,7 +105,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW and its learning rate scheduler, which counts global steps."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -115,7 +115,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 def parallelize(accelerator, model, config, seed):
     """Shard each block, and embeddings and head as one unit; then allocate and fill this process's shards."""
-    if accelerator.parallelism_config:  # hsdp: sharded within a replica, replicated over them
+    if accelerator.parallelism_config:  # hsdp: sharded within each replica, replicated across replicas
         mesh = accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     else:
         mesh = accelerator.mesh["dp"]
@@ -126,7 +126,7 @@ def parallelize(accelerator, model, config, seed):
         if config.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    # The root's weights come first in the forward and last in the backward: they are kept in between.
+    # The root has the head, last in the forward and first in the backward: its weights stay gathered in between.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for number, block in enumerate(blocks if config.prefetch else []):
         block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + config.prefetch])
@@ -143,9 +143,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -153,7 +153,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -175,7 +175,7 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, images, config, launch):
-    """Raise UserError for a network that is missing or does not fit, before the processes connect."""
+    """Raise UserError for a missing network, or patches that do not tile the image, before the processes connect."""
     network_sizes(images, config)
 
 

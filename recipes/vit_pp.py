@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, times data parallelism.
+"""Give each GPU some consecutive blocks of a Vision Transformer: pipeline parallelism, with data parallelism.
 
 Base: vit.py. Changes: Stage, MeasuredStage, stage_table, parallelize, step, last, add_up, clip_grad_norm,
 train_one_epoch, evaluate, check, main.
@@ -18,9 +18,9 @@ Longer than 250 lines: a stage that measures itself is part of the lesson.
     $L --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 --num_processes 16 \
         recipes/vit_pp.py --model G --pipeline_parallel_size 4                        # on each of four nodes
 
-When: GPUs far apart: only activations at the cuts are sent. p stages idle (p - 1) / (m + p - 1) of a step of m chunks,
-and keep the activations of m (GPipe) or p of them (1F1B): the run ends with both, measured. ViT-B in 4 stages: 336 MiB
-of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
+When: GPUs are far apart: only activations at the cuts are sent. In a step of m chunks p stages idle for
+(p - 1) / (m + p - 1) of the time, and keep the activations of m chunks (GPipe) or at most p (1F1B); the run ends by
+printing both, measured. ViT-B in 4 stages: 336 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Images(ImageConfig):
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
@@ -76,29 +76,29 @@ class Config:
     epochs: Positive = HfArg(default=60, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="peak learning rate, at the end of the warmup")
     warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases, class token and positions have none")
     max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    drop_path: Rate = HfArg(default=0.0, help="share of branches skipped in the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
-    pipeline_parallel_size: Positive = HfArg(default=2, help="stages, one a process")
+    pipeline_parallel_size: Positive = HfArg(default=2, help="stages, one per process")
     pipeline_schedule: Literal["gpipe", "1f1b"] = HfArg(
         default="1f1b", help="order of the chunks' forward and backward"
     )
-    pipeline_chunks: Positive = HfArg(default=8, help="parts of a process's batch, one after another in the stages")
+    pipeline_chunks: Positive = HfArg(default=8, help="parts of a batch, which pass through the stages one by one")
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """Return the whole network on the CPU; its weights depend on seed and name alone, or are the pretrained ones."""
+    """Return the whole network on the CPU, pretrained or with weights that depend on seed and parameter name alone."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -113,7 +113,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW and its learning rate scheduler, which counts global steps."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -136,7 +136,7 @@ class Stage(nn.Module):
         self.classifier = model.classifier if number == stages - 1 else None
 
     def forward(self, x: Tensor, sample_seeds: Tensor | None = None) -> Tensor:
-        """Map images (B, 3, H, W) or the previous stage's (B, tokens, width) to the next stage's input or to
+        """Map images (B, 3, H, W) or the previous stage's output (B, tokens, width) to the next stage's input or to
         logits."""
         x = x if self.vit.embeddings is None else self.vit.embeddings(x)
         x = run_blocks(self, ((int(name), block) for name, block in self.vit.layers.items()), x, sample_seeds)
@@ -144,7 +144,7 @@ class Stage(nn.Module):
 
 
 class MeasuredStage(PipelineStage):
-    """torch's stage; while `measuring`, it notes the seconds it computes and the bytes that wait for a backward."""
+    """torch's stage; while `measuring`, it sums the seconds it computes and the bytes it keeps for the backward."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -153,7 +153,7 @@ class MeasuredStage(PipelineStage):
 
     @contextlib.contextmanager
     def measure(self, wanted: bool) -> Iterator[None]:
-        """Measure one call of the schedule within the block, if wanted."""
+        """Measure the call of the schedule in the `with` block, if wanted."""
         self.measuring, self.busy, self.most_waiting, begin = wanted, 0.0, 0, time.perf_counter()
         yield
         if wanted:
@@ -229,7 +229,7 @@ def parallelize(accelerator, model, config):
         """Return the chunk's share of the step's loss: losses and gradients add up over chunks and replicas."""
         total = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum")
         share = total / config.global_batch_size
-        return share * (1 + 0 * share.detach())  # times 1, unless it is not finite: then no gradient is
+        return share * (1 + 0 * share.detach())  # the factor, 1 or nan, shows every process a loss that is not finite
 
     stage = MeasuredStage(part, number, stages, accelerator.device, group=accelerator.mesh["pp"].get_group())
     schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[config.pipeline_schedule]
@@ -246,7 +246,7 @@ def step(accelerator, stage, schedule, batch):
 
 
 def last(accelerator, tensor):
-    """Send the last stage's values of this tensor to every stage, and return them."""
+    """Overwrite the tensor on every stage with the last stage's, and return it."""
     group = accelerator.mesh["pp"].get_group()
     distributed.broadcast(tensor, group_src=group.size() - 1, group=group)
     return tensor
@@ -260,7 +260,7 @@ def add_up(accelerator, model):
 
 
 def clip_grad_norm(accelerator, model, max_norm):
-    """Scale the gradients by their norm over all stages; return the norm."""
+    """Clip the gradients by their norm over all stages; return the norm."""
     square = get_total_norm([parameter.grad for parameter in model.parameters()]) ** 2
     distributed.all_reduce(square, group=accelerator.mesh["pp"].get_group())
     clip_grads_with_norm_(model.parameters(), max_norm, square.sqrt())
@@ -282,7 +282,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -312,7 +312,7 @@ def check(run_config, images, config, launch):
     if stages > blocks:
         raise UserError(f"--pipeline_parallel_size {stages} exceeds the {blocks} blocks. Give {blocks} or less.")
     if config.pipeline_schedule == "1f1b" and chunks < stages:
-        raise UserError(f"--pipeline_chunks {chunks} are fewer than the {stages} stages. Give {stages} or more.")
+        raise UserError(f"--pipeline_chunks {chunks} is less than the {stages} stages. Give {stages} or more.")
     batch = config.global_batch_size * stages // launch.processes // config.gradient_accumulation_steps
     if batch % chunks:
         raise UserError(f"--pipeline_chunks {chunks} do not divide a stage's batch of {batch}. Give a divisor of it.")

@@ -6,7 +6,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Split every block of a Vision Transformer over several GPUs: tensor parallelism by DTensor, times DDP or FSDP2.
+"""Split every block of a Vision Transformer over several GPUs: tensor parallelism with DTensor, and DDP or FSDP2.
 
 Base: vit.py. Changes: block_plan, parallelize, check, main.
 
@@ -17,8 +17,8 @@ Base: vit.py. Changes: block_plan, parallelize, check, main.
     $L/local_fsdp.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
         --num_processes 32 recipes/vit_tp.py --model G --tensor_parallel_size 8                 # on each of four nodes
 
-When: a block's activations or a batch of one are too large; within a node, since every block sends its activations 4
-times a step. ViT-B over 4: 348 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
+When: a block, or its activations for a batch of one, are too large for a GPU. Stay within a node: every block sends
+its activations 4 times a step. ViT-B over 4: 348 MiB of 1,321 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Images(ImageConfig):
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
@@ -80,12 +80,12 @@ class Config:
     epochs: Positive = HfArg(default=60, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="peak learning rate, at the end of the warmup")
     warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases, class token and positions have none")
     max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    drop_path: Rate = HfArg(default=0.0, help="share of branches skipped in the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
     tensor_parallel_size: Positive = HfArg(default=2, help="processes that share each block")
@@ -93,14 +93,14 @@ class Config:
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
 
 
 def build_model(images, config, num_classes, seed):
-    """Return the whole network on the CPU; its weights depend on seed and name alone, or are the pretrained ones."""
+    """Return the whole network on the CPU, pretrained or with weights that depend on seed and parameter name alone."""
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
         model = load_pretrained(folder, images.image_size, num_classes, config.drop_path, seed)
@@ -115,7 +115,7 @@ def build_model(images, config, num_classes, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return AdamW, and its learning rate as a function of the global step."""
+    """Return AdamW and its learning rate scheduler, which counts global steps."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
@@ -124,7 +124,7 @@ def build_optimizer(model, config, steps_per_epoch):
 
 
 def block_plan(sequence_parallel):
-    """Return how each part of a block is split (Shoeybi et al., arXiv:1909.08053; with tokens: arXiv:2205.05198).
+    """Return how each part of a block is split (Shoeybi et al., arXiv:1909.08053; by tokens: arXiv:2205.05198).
 
     The first product of each pair is split by columns, the second by rows, so that the first one's output fits the
     second: one all-reduce after each pair. With sequence_parallel that is a reduce-scatter after it and an all-gather
@@ -149,7 +149,7 @@ def block_plan(sequence_parallel):
 def parallelize(accelerator, model, config):
     """Split over `tp`, then shard (fsdp) or replicate (ddp, as FSDP2 with shards of one) over `dp`.
 
-    Accelerate refuses or breaks these pairs, so torch is called on a mesh of the same processes.
+    Accelerate refuses these pairs or gets them wrong, so this calls torch on a mesh of the same processes.
     """
     sizes = (data_parallel(accelerator)[1], 1, config.tensor_parallel_size)
     mesh = init_device_mesh(accelerator.device.type, sizes, mesh_dim_names=("dp", "one", "tp"))
@@ -176,9 +176,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -186,7 +186,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()

@@ -15,9 +15,9 @@ Base: none.
     $L --num_processes 4 recipes/vit_tp_by_hand.py        # the same, and two halves of the batch (TP 2 x DP 2)
     $L recipes/vit_tp_by_hand.py --check                  # each piece against its dense layer, and against DTensor
 
-When: to learn, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) beside it, why ViT-S at 224 px makes each
-of two processes send 55 MiB for 4 images, and as much more for each 4 more, where DDP's 84 never grow
-(benchmarks/results/communication_cpu2_2026-11-23.json). To train, take vit_tp.py, which is shorter. The losses and
+When: you want to learn, with Megatron-LM's paper (Shoeybi et al., arXiv:1909.08053) at hand, why each of two processes
+sends 55 MiB for 4 images of ViT-S at 224 px, and as much for each 4 more, where DDP always sends 84
+(benchmarks/results/communication_cpu2_2026-11-23.json). To train, use vit_tp.py, which is shorter. The losses and
 the checkpoints are those of vit.py.
 
 Longer than 250 lines: --check stands beside what it checks.
@@ -62,10 +62,10 @@ class Images(ImageConfig):
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
     tensor_parallel_size: Positive = HfArg(
-        default=2, help="processes that share each layer; such groups share the batch"
+        default=2, help="processes that share each layer; each group of them takes a part of the batch"
     )
     init: Literal["dense", "shards"] = HfArg(default="dense", help="cut from the dense weights, or drawn part by part")
     check: bool = HfArg(default=False, help="compare each piece with its dense layer instead of training")
@@ -74,9 +74,9 @@ class Config:
     epochs: Positive = HfArg(default=60, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="peak learning rate, at the end of the warmup")
     warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases, class token and positions have none")
     max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
 
@@ -89,15 +89,15 @@ def build_groups(size):
     if not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     world, rank = dist.get_world_size(), dist.get_rank()
-    # Making a group is itself a collective: all processes make all groups, in one order.
+    # Making a group is itself a collective: all processes make all groups, in the same order.
     tensor_groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
     data_groups = [dist.new_group(range(first, world, size)) for first in range(size)]
     GROUP.update(tp=tensor_groups[rank // size], dp=data_groups[rank % size])
 
 
 def cut(x, dim, group="tp"):
-    """Return this rank's part of a tensor, cut as DTensor cuts it (10 classes on 4 ranks: 3, 3, 3, 1); all for
-    None."""
+    """Return this rank's part of a tensor, cut as DTensor cuts it (10 classes on 4 ranks: 3, 3, 3, 1); all of
+    it where dim is None."""
     return x if dim is None else x.chunk(GROUP[group].size(), dim)[GROUP[group].rank()]
 
 
@@ -112,7 +112,7 @@ def all_reduced(x, op=dist.ReduceOp.SUM):
 
 
 class F(torch.autograd.Function):
-    """Megatron's f, where ranks part: the backward sums the ranks' shares of the gradient of x."""
+    """Megatron's f, where a split layer begins: the identity; its backward sums the ranks' shares of x's gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -124,7 +124,7 @@ class F(torch.autograd.Function):
 
 
 class G(torch.autograd.Function):
-    """Megatron's g, where ranks meet: the forward sums the ranks' terms x; each term gets the gradient of the sum."""
+    """Megatron's g, where a split layer ends: it sums the ranks' terms x; each term gets the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, x):
@@ -146,7 +146,7 @@ def row_linear(layer, x):
 
 
 def attention(layer, x, mask=None):
-    """Compute the rank's own heads. One f for q, k and v: the backward sends one message, as the forward does in o."""
+    """Compute the rank's own heads. One f for q, k and v: the backward sends one message, as o_proj's forward does."""
     return type(layer).forward(layer, F.apply(x), mask)
 
 
@@ -158,7 +158,7 @@ def embeddings(layer, images):
 
 
 def parallel_embedding(table, indices, length):
-    """Look up rows of a table of `length` rows that is cut by rows: the rank that has one gives it, the others add 0.
+    """Look up rows of a table of `length` rows that is cut by rows: the rank that has a row adds it, the others 0.
 
     Made for vocabularies of 100,000 words; a Vision Transformer's only table is that of its positions.
     """
@@ -184,7 +184,7 @@ class GradientBuckets:
     """DDP by hand: gradients are averaged over the data-parallel group, bucket by bucket, while the backward runs."""
 
     def __init__(self, model, bucket_bytes=2**20):
-        # Of an accumulation only the last backward is active: then the gradients hold the sum.
+        # With accumulation only the last backward is active: by then the gradients hold the sum.
         self.bucket_bytes, self.active, self.ready, self.sent = bucket_bytes, True, [], []
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self.add)
@@ -234,14 +234,14 @@ CUT |= {"o_proj.weight": 1, "fc2.weight": 1, "embeddings.position_embeddings": 1
 
 
 def build_model(images, config, num_classes, seed):
-    """Return the whole network without memory, for its shapes."""
+    """Return the whole network on the meta device, without memory: only its shapes are needed."""
     sizes = vit_config(config.model, images.image_size, config.patch_size, num_classes, drop_path=0.0)
     with torch.device("meta"):
         return VisionTransformer(sizes)
 
 
 def parallelize(accelerator, model, config, seed):
-    """Give the network these forwards, and this rank's parts of its weights."""
+    """Give the network the functions of FORWARD, and this rank's parts of its weights."""
     for path, module in model.named_modules():
         layer = path.rpartition(".")[2]
         if layer in FORWARD:
@@ -250,8 +250,8 @@ def parallelize(accelerator, model, config, seed):
             dim = CUT.get(f"{layer}.{name}")
             value = cut(initial_value(f"{path}.{name}", whole.shape, seed), dim)
             if config.init == "shards" and dim is not None:
-                # Not one seed for all ranks, as in the course: parts that start equal get equal gradients and stay
-                # equal for ever, copies of one part. (Ranks of one "dp" group hold the same part, and draw the same.)
+                # The name holds the rank. With one seed for all, as in the course, parts would start equal, get equal
+                # gradients and stay copies of one part. (Ranks of one "dp" group hold, and draw, the same part.)
                 value = initial_value(f"{path}.{name} {GROUP['tp'].rank()}", value.shape, seed)
             part = torch.nn.Parameter(value.to(accelerator.device, copy=True).contiguous())
             part.cut_dim = dim
@@ -260,13 +260,13 @@ def parallelize(accelerator, model, config, seed):
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders by data-parallel rank: the processes that share layers see the same samples."""
+    """Return the training and evaluation loaders: the processes that share layers see the same samples."""
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers) for each in views]
 
 
 def build_optimizer(model, config, steps_per_epoch):
-    """Return AdamW. It updates each number by itself: a part is updated as it would be in the whole."""
+    """Return AdamW and its scheduler. AdamW updates each number by itself, so a part as it would be in the whole."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     optimizer = torch.optim.AdamW(groups, config.learning_rate, fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
@@ -282,9 +282,9 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
             with accelerator.autocast():
                 logits = model(batch.images)
             total = parallel_cross_entropy(logits, batch.labels, model.config.num_labels, config.label_smoothing)
-            loss = total / batch.step_weight  # this process's share of the step's
+            loss = total / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
-            # Times 1, unless the loss is not finite: then no gradient is, on any process.
+            # parts undoes averaging; the last factor, 1 or nan, shows every process a loss that is not finite.
             accelerator.backward(loss * batch.parts * (1 + 0 * loss.detach()))
         if accelerator.sync_gradients:
             buckets.wait()
@@ -292,7 +292,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
             if not run.skips(grad_norm):  # --on_nonfinite skip decides here, and waits for the device
                 optimizer.step()
             optimizer.zero_grad()
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -341,7 +341,7 @@ def described(model, optimizer):
 
 
 def resume(model, optimizer, scheduler, run):
-    """Read each rank's parts, whoever wrote them; weights arrive in their memory, moments are handed over."""
+    """Load each rank's parts of a checkpoint of any strategy: weights in place; Adam's moments are handed over."""
     whole, twin = described(model, optimizer)
     run.resume(whole, twin, scheduler)
     for part, parameter in zip(model.parameters(), whole.parameters(), strict=True):
@@ -353,7 +353,7 @@ def resume(model, optimizer, scheduler, run):
 
 
 def compare(accelerator, model, config, seed):
-    """Compare each piece with its dense layer, then five losses with DTensor's; raises UserError for a difference."""
+    """Compare each piece with its dense layer, then five losses with DTensor's; raise UserError for a difference."""
     sizes, device, hand = model.config, accelerator.device, parallelize(accelerator, model, config, seed)
     with torch.device(device):
         dense = VisionTransformer(sizes)
@@ -415,10 +415,10 @@ def compare(accelerator, model, config, seed):
 
 
 def difference(dense, hand, buckets, calls, x, takes, gives):
-    """Return the greatest difference, relative above 1, in outputs, gradients, and weights after a step of SGD.
+    """Return the greatest difference, relative for values above 1, in outputs, gradients, and weights after one step.
 
-    takes, gives: the dimension in which the piece by hand has only a part of the input, of the output. SGD, since
-    AdamW would make a whole step of a gradient that is only rounding, such as that of k's bias.
+    takes, gives: the dimension in which the piece by hand has only a part of the input or output; None: it has all.
+    SGD, since AdamW would turn a gradient that is only rounding, such as that of k's bias, into a full step.
     """
     inputs = [part.clone().requires_grad_(part.is_floating_point()) for part in (x, cut(x, takes))]
     outputs = [call(part) for call, part in zip(calls, inputs, strict=True)]
@@ -456,7 +456,7 @@ def losses(model, loss_of, finish=lambda: None):
 
 
 def check(run_config, images, config, launch, classes=0):
-    """Raise UserError for sizes that cannot be cut, before a model is built. classes: once the data is known."""
+    """Raise UserError for sizes that cannot be cut, before a model is built. classes: 0 until the data is known."""
     check_transformers()
     sizes = vit_config(config.model, images.image_size, config.patch_size, classes, drop_path=0.0)
     size, heads, width = config.tensor_parallel_size, sizes.num_attention_heads, sizes.intermediate_size

@@ -7,7 +7,7 @@
 # ]
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Train a Vision Transformer by DeepSpeed's ZeRO: weights only in shards, offload, and one whole file at the end.
+"""Train a Vision Transformer with DeepSpeed's ZeRO: weights only in shards, offload, and one whole file at the end.
 
 Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, all_finite, train_one_epoch, export, main.
 
@@ -18,12 +18,12 @@ Base: vit.py. Changes: build_model, fill, build_optimizer, parallelize, all_fini
     $L/local_zero3.yaml --num_machines 4 --machine_rank R --main_process_ip HOST --main_process_port 29500 \
         --num_processes 32 recipes/vit_zero.py --model G                              # on each of four nodes
 
-vit.py under the same YAMLs builds the whole network in every process first. Here ZeRO-3 cuts each weight as it is
-made, offload takes DeepSpeed's own Adam, and the run ends with <run's folder>/pretrained, put together from the last
-checkpoint's shards: a folder for transformers, and for --pretrained of every recipe.
+vit.py under the same YAMLs first builds the whole network in every process. Here ZeRO-3 shards each weight as it is
+made, offload uses DeepSpeed's own Adam, and the run ends with <run's folder>/pretrained, merged from the last
+checkpoint's shards: a folder for transformers, and for every recipe that has --pretrained.
 
-When: optimizer or weights must wait in the host's memory. Without offload FSDP2 holds less: ViT-B on 4 processes
-413 MiB under zero3 and 332 under fsdp, and DeepSpeed's buckets take 1.9 GiB more
+When: the optimizer's state or the weights must stay in the host's memory. Without offload FSDP2 needs less: each of 4
+processes holds 413 MiB of ViT-B under zero3 and 332 under fsdp, and DeepSpeed's buckets take 1.9 GiB more
 (benchmarks/results/memory_cpu2_2026-11-26.json).
 """
 
@@ -67,7 +67,7 @@ class Images(ImageConfig):
 
 @dataclass
 class Config:
-    """The hyper-parameters; the defaults are the digits demonstration."""
+    """The hyper-parameters; the defaults are those of the digits demonstration."""
 
     model: Literal["demo", "Ti", "S", "B", "L", "H", "g", "G"] = HfArg(default="demo", help="size; G: 2 billion")
     patch_size: Positive = HfArg(default=8, help="side of a patch, pixels; ImageNet: 16, or 14 from H on")
@@ -75,18 +75,18 @@ class Config:
     epochs: Positive = HfArg(default=60, help="passes over the training images")
     global_batch_size: Positive = HfArg(default=64, help="images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: Positive = HfArg(default=1, help="backward passes per step")
-    learning_rate: NonNegative = HfArg(default=2e-3, help="greatest learning rate, at the end of the warmup")
+    learning_rate: NonNegative = HfArg(default=2e-3, help="peak learning rate, at the end of the warmup")
     warmup_epochs: NonNegative = HfArg(default=5.0, help="epochs of linearly rising learning rate; a cosine follows")
-    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases and embeddings have none")
+    weight_decay: NonNegative = HfArg(default=0.1, help="AdamW's; norms, biases, class token and positions have none")
     max_grad_norm: NonNegative = HfArg(default=1.0, help="clip the gradient's norm to this; 0 = only log it")
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
-    drop_path: Rate = HfArg(default=0.0, help="share of samples that skip the last block; rises linearly to it")
+    drop_path: Rate = HfArg(default=0.0, help="share of branches skipped in the last block; rises linearly to it")
     activation_checkpointing: bool = HfArg(default=False, help="recompute each block in the backward: less memory")
     compile: bool = HfArg(default=False, help="torch.compile each block")
 
 
 def build_loaders(accelerator, run_config, images, config):
-    """Return loaders of this process's share of every global batch; samples depend on seed and step alone."""
+    """Return the training and evaluation loaders of this process's share; samples depend on seed and step alone."""
     statistics = pixel_statistics(find_pretrained(config.pretrained)) if config.pretrained else None
     views = build_views(accelerator, run_config, images, config, open_data(*images.source(run_config.seed)))
     return [Loader(each, accelerator.device, run_config.num_workers, statistics=statistics) for each in views]
@@ -95,7 +95,7 @@ def build_loaders(accelerator, run_config, images, config):
 def build_model(images, config, num_classes, seed, accelerator=None):
     """Return the network on the CPU; under ZeRO-3 each process allocates only its shard of every weight."""
     import deepspeed
-    from transformers.initialization import no_init_weights  # 5.17 has it
+    from transformers.initialization import no_init_weights  # as in transformers 5.17
 
     if config.pretrained:
         folder = find_pretrained(config.pretrained)
@@ -114,7 +114,7 @@ def build_model(images, config, num_classes, seed, accelerator=None):
 
 
 def fill(accelerator, model, seed):
-    """Gather each weight in turn, write it on rank 0, and shard it again."""
+    """Fill the weights: under ZeRO-3, gather each in turn, write it on rank 0, and shard it again."""
     import deepspeed
 
     for name, parameter in model.named_parameters():
@@ -125,13 +125,13 @@ def fill(accelerator, model, seed):
 
 
 def build_optimizer(model, config, steps_per_epoch, accelerator=None):
-    """Return AdamW, on the CPU where the YAML offloads it, and its learning rate as a function of the global step."""
+    """Return AdamW (on the CPU if the YAML offloads it) and its learning rate scheduler, which counts global steps."""
     groups = parameter_groups(model, config.weight_decay, no_decay=("cls_token", "position_embeddings"))
     plugin = accelerator and accelerator.state.deepspeed_plugin
     if plugin and plugin.offload_optimizer_device == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        # Accelerate would replace this one by an Adam without decoupled weight decay.
+        # Accelerate would replace this one with an Adam without decoupled weight decay.
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         optimizer = DeepSpeedCPUAdam(groups, config.learning_rate, adamw_mode=True)
     else:
@@ -141,7 +141,7 @@ def build_optimizer(model, config, steps_per_epoch, accelerator=None):
 
 
 def parallelize(accelerator, model, optimizer, config):
-    """Apply the device, precision, replicas and shards that the YAML sets, by `prepare`."""
+    """Apply the device, precision, replicas and shards of the YAML with `accelerator.prepare`."""
     if config.compile:
         for block in model.vit.layers:
             block.compile()
@@ -163,10 +163,10 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
         with accelerator.accumulate(model):
             logits = model(batch.images, batch.seeds)
             loss = cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing, reduction="sum")
-            loss = loss / batch.step_weight  # this process's share of the step's
+            loss = loss / batch.step_weight  # this process's share of the step's loss
             run.observe(batch, loss)
             if mixed_precision() != "fp16" and not all_finite(accelerator, loss):
-                run.stop()  # here: the engine's backward updates the weights too
+                run.stop()  # before the backward, in which DeepSpeed's engine also updates the weights
             accelerator.backward(loss * batch.parts)
             if accelerator.sync_gradients:
                 grad_norm = clip_grad_norm(accelerator, model, config.max_grad_norm)
@@ -174,7 +174,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, config, ru
                     optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.check_finite()  # --on_nonfinite stop ends the run here, for the step before
+            run.check_finite()  # --on_nonfinite stop ends the run here if the step before was not finite
             run.end_step(scheduler.get_last_lr()[0], grad_norm)
             run.profiler.step()
             scheduler.step()
@@ -209,7 +209,7 @@ def export(model, loader, checkpoint, folder):
 
 
 def check(run_config, images, config, launch):
-    """Raise UserError for a network that is missing or does not fit, before the processes connect."""
+    """Raise UserError for a missing network, or patches that do not tile the image, before the processes connect."""
     network_sizes(images, config)
 
 

@@ -45,7 +45,7 @@ def test_other_loaders_resume_where_they_were_killed(server: Server, runs, recip
 def test_a_run_resumes_on_every_topology(server: Server, runs, data, whole):
     """Its losses are those of one process up to rounding, which grows with the steps, as in test_strategies.py."""
     folder = runs / "topologies"
-    chain = {6: ("ddp", 4), 12: ("fsdp", 8), 18: ("ddp", 1), 24: ("fsdp", 2)}
+    chain = {6: ("ddp", 4), 12: ("fsdp", 5), 18: ("ddp", 1), 24: ("fsdp", 2)}
     for step, (strategy, processes) in chain.items():
         launch = {"num_processes": processes, "config_file": f"local_{strategy}.yaml", "recipe": VIT_RECIPE}
         run = train(folder, *data, *VIT, "--max_steps", str(step), server=server, **launch)
