@@ -31,7 +31,7 @@ VIT += ["--learning_rate", "1e-3", "--drop_path", "0.2"]
 # case: kills in the test, recipe, its flags, the launcher's
 KILLED = {
     "1 process": (4, "vit", [*VIT, "--max_steps", "40"], {}),
-    "2 processes, batch norm": (4, "resnet", [*RESNET, "--norm", "batch"], {"num_processes": 2}),
+    "2 processes, batch norm": (3, "resnet", [*RESNET, "--norm", "batch", "--max_steps", "30"], {"num_processes": 2}),
     "4 processes": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 4}),
     "fsdp": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 2, "config_file": "local_fsdp.yaml"}),
 }

@@ -288,7 +288,7 @@ def test_the_loaders_sweep_counts_whole_rounds():
     ("script", "flags"),
     [
         ("accuracy", "--seeds 1 --max_steps 3 --num_workers 0"),
-        ("overhead", "--epochs 1 --global_batch_size 512 --num_workers 0"),
+        ("overhead", "--epochs 1 --global_batch_size 400 --num_workers 0"),
         ("throughput", "--models Ti/16 --image_sizes 224 --rungs amp --batch_sizes 1,2 --steps 2 --warmup_steps 1"),
         ("memory", "--models S --ranks 2,64 --strategies fsdp"),
         ("communication", "--models demo --ranks 2 --strategies fsdp"),
