@@ -30,8 +30,8 @@ demo: setup  ## train recipes/resnet.py on the embedded digits: about a minute o
 smoke: setup  ## two real steps of every recipe on this machine's GPU, else its CPU (RECIPE=resnet for one)
 	$(BIN)/python tools/smoke.py $(RECIPE)
 
-test: setup lint  ## the whole suite; of its five processes one mostly waits for Slurm
-	$(BIN)/python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder
+test: setup lint  ## the whole suite; of its four processes one mostly waits for Slurm
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-quick: setup lint  ## units and one launch of each family, for the inner loop: below three minutes
 	$(BIN)/python -m pytest --quick --numprocesses 3 --dist loadfile --no-loadscope-reorder
