@@ -2,6 +2,7 @@
 """Law 1: a run is a function of seed, config and data, never of topology."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from shared.images import Loader, Views, open_data
 from shared.images.views import training_view
+from shared.metrics import Evaluation
 from shared.order import EvaluationOrder, TrainingOrder
 
 GLOBAL_BATCH = 24
@@ -50,6 +52,8 @@ def test_each_step_sees_the_same_pixels_on_any_number_of_processes_and_workers(r
 def test_another_epoch_and_another_seed_are_other_samples_and_other_pixels(reference):
     second_epoch = samples_by_step(1, GLOBAL_BATCH, 0, first_step=3)
     assert not set(second_epoch[0]) & set(reference[0])
+    orders = [TrainingOrder(80, 24, 24, 0, 1, seed) for seed in (3, 4)]
+    assert len({tuple(order.permutation(epoch)) for order in orders for epoch in (0, 1)}) == 4
 
 
 def test_a_start_within_an_epoch_takes_up_its_order(reference):
@@ -69,6 +73,15 @@ def test_evaluation_counts_each_sample_once_in_equally_many_full_batches(samples
     assert {len(batch) for batches in ranks for batch in batches} == {batch_size}
     counted = [index for batches in ranks for batch in batches for _, index in batch if index >= 0]
     assert sorted(counted) == list(range(samples))
+
+
+def test_padding_is_neither_a_sample_nor_correct():
+    """Also where the network would have been right."""
+    evaluation, logits, labels = Evaluation(), torch.eye(4), torch.arange(4)
+    evaluation.add(logits, labels, torch.tensor([True, True, True, False]))
+    result = evaluation.result(SimpleNamespace(mesh=None), 3)
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert result == {"accuracy": 1, "eval_loss": pytest.approx(loss), "eval_samples": 3}
 
 
 @pytest.mark.quick
