@@ -33,7 +33,7 @@ smoke: setup  ## two real steps of every recipe on this machine's GPU, else its 
 test: setup lint  ## the whole suite; of its four processes one mostly waits for Slurm
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-quick: setup lint  ## units and one launch of each family, for the inner loop: below three minutes
+test-quick: setup lint  ## units and one launch of each family, for the inner loop
 	$(BIN)/python -m pytest --quick --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-oldest: setup  ## two steps of every recipe with the oldest versions of pyproject.toml (PYTHON up to 3.13); once a release

@@ -88,8 +88,8 @@ def write(what: str, rows: list[dict], output: str = "", **more) -> Path:
 
 def _source() -> dict:
     """Return source(), and the hash of the recipes and benchmarks, which benchmarks import and launch."""
-    files = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).glob("*.py"))
-    return source() | {"recipes": hash_of(b"".join(path.read_bytes() for path in files))}
+    files = [path.read_bytes() for folder in ("recipes", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    return source() | {"recipes": hash_of(b"".join(sorted(files)))}
 
 
 def _folded(row: dict) -> dict:

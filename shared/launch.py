@@ -99,7 +99,7 @@ def _check_launch() -> None:
     world, local = (int(os.environ.get(name, 1)) for name in LAUNCH[2:4])
     missing = [name for name in LAUNCH if name not in (*given, "LOCAL_WORLD_SIZE")]
     if rank >= world or ("LOCAL_WORLD_SIZE" in given and local_rank >= local):
-        raise left_over(f"{_values(given)} do not describe a process of a launch", *given)
+        raise left_over(f"{_values(given)}: no launch has such a process", *given)
     if missing and world > 1:
         raise left_over(f"{_values(given)}, but no {', '.join(missing)}", *given)
     if missing:

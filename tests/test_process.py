@@ -189,11 +189,11 @@ def test_a_seed_has_63_bits():
     [
         ("RANK=0 WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2, but no LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
         ("LOCAL_RANK=1 WORLD_SIZE=2", "unset LOCAL_RANK WORLD_SIZE"),
-        ("RANK=1", "RANK=1 do not describe a process of a launch"),
+        ("RANK=1", "RANK=1: no launch has such a process"),
         ("RANK=2 WORLD_SIZE=2 LOCAL_RANK=0", "unset RANK LOCAL_RANK WORLD_SIZE"),
         (
             "RANK=0 WORLD_SIZE=2 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=x MASTER_PORT=1",
-            "do not describe a process",
+            "no launch has such a process",
         ),
         ("WORLD_SIZE=two", "WORLD_SIZE=two is not a number. It may be left over from another launch: unset"),
         ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE=-1", "unset PARALLELISM_CONFIG_DP_REPLICATE_SIZE"),

@@ -34,7 +34,7 @@ def test_docstrings_open_with_a_verb_and_each_thing_has_one_word(path):
     assert BANNED.findall(words(path)) == []
 
 
-def test_what_is_no_program_in_python_has_the_same_words():
+def test_scripts_and_configurations_have_the_same_words():
     patterns = ("Makefile", "pyproject.toml", "slurm/*.*", "accelerate_configs/*.yaml", "shared/**/*.c", "tests/*.c")
     files = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
     assert {str(path): found for path in files if (found := BANNED.findall(path.read_text()))} == {}

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from test_strategies import CASES, TABLE
 
+from shared.checkpoint.origin import hash_of
 from shared.config import parse
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -305,6 +306,7 @@ def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(server, t
     for name in ("benchmarks", "recipes", "accelerate_configs", "shared", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
     shutil.rmtree(tmp_path / "benchmarks/results")
+    program = (ROOT / f"benchmarks/{script}.py").read_bytes()
     launcher = launch_command(num_processes=2) if script == "allreduce" else []
     forked = None if script == "checkpoint" else server
     process = python(*launcher, tmp_path / f"benchmarks/{script}.py", *flags.split(), cwd=tmp_path, server=forked)
@@ -314,6 +316,9 @@ def test_each_benchmark_writes_a_dated_file_with_hardware_and_versions(server, t
     assert process.stdout.splitlines()[-1] == f"benchmarks/results/{path.name}"
     assert result["command"] == f"python benchmarks/{script}.py {flags}"
     assert result["hardware"]["versions"]["torch"]
+    files = [path.read_bytes() for folder in ("benchmarks", "recipes") for path in (ROOT / folder).glob("*.py")]
+    launched = hash_of(b"".join(sorted(files)))
+    assert (result["source"]["program"], result["source"]["recipes"]) == (hash_of(program), launched)
     assert str(tmp_path) not in path.read_text()
     assert len(result["rows"]) >= 2
     if script == "loaders":

@@ -29,9 +29,7 @@ def scan(parts: dict[str, list[str]], root: Path) -> Index:
         states[shard] = state_of(os.stat(root / shard))
         found, is_whole = members(root / shard)
         if not is_whole:
-            notes.append(
-                f"truncated shard: {root / shard} is truncated or damaged, or not a tar: what it lost is unknown"
-            )
+            notes.append(f"truncated shard: {root / shard} (or damaged, or not a tar). What it lost is unknown")
         rows += [(key, label, number, *place) for key, label, *place in found]
         counts.append(len(found))
     if not rows:
