@@ -10,7 +10,7 @@ import warnings
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +87,6 @@ def _accelerator(config, on_cpu: bool) -> Accelerator:
         cpu=strategy() == "ddp" and (forced_cpu() or (on_cpu and world_size() > 1)),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
-        project_config=ProjectConfiguration(),
         parallelism_config=ParallelismConfig(**sizes) if strategy() == "hsdp" else None,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and strategy().startswith("zero") else [],
     )

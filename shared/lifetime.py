@@ -122,8 +122,7 @@ def die_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> 
     parent: the process ends at once if this is no longer its parent.
     """
     if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        ctypes.CDLL(None).prctl(1, number)  # 1: PR_SET_PDEATHSIG
         if parent not in (None, os.getppid()):
             os._exit(1)
 

@@ -65,10 +65,7 @@ def zero_momentum(optimizer: Optimizer) -> Optimizer:
 
 
 def clip_grad_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-    """Return the norm of all gradients, and scale them so that it is at most max_norm; 0 leaves them as they are.
-
-    For plain tensors without clipping this reads them once; torch's clip_grad_norm_ also writes them.
-    """
+    """Return the norm of all gradients, and scale them so that it is at most max_norm; 0 leaves them as they are."""
     clip = accelerator.clip_grad_norm_
     if accelerator.scaler:
         # Accelerate 1.15 unscales twice, which torch refuses, where FSDP2's model did not go through `prepare`.
@@ -76,4 +73,9 @@ def clip_grad_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) 
         clip = clip_grad_norm_
     if max_norm or strategy() != "ddp" or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return clip(model.parameters(), max_norm or math.inf)
-    return get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if gradients[0].is_cuda:
+        return get_total_norm(gradients)
+    # torch 2.15's norm of a tensor on the CPU uses one thread, dot all of them. as_strided flattens any layout.
+    flat = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]
+    return torch.stack([values.dot(values) for values in flat]).sum().sqrt()

@@ -15,9 +15,8 @@ from .errors import UserError
 
 
 class Blocks(NamedTuple):
-    """A shuffle that reads few files at a time: the shards in random order, then the samples of each `size` shards,
-    window after window. A shard's samples always fall into one window: harmless where shards were filled at random, as
-    by tools/pack.py, and harmful where each shard holds one class."""
+    """A shuffle that reads few files at a time: the shards in random order, then the samples of each `size` shards
+    together. Harmless where shards were filled at random, as by tools/pack.py; harmful where each holds one class."""
 
     shard: np.ndarray  # (samples,): each sample's shard
     size: int

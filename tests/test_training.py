@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, SHORT, environment, launch_command, train
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
 from shared.checkpoint import read_weights
-from shared.optim import build_scheduler, parameter_groups
+from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 
 
 def test_the_demonstration_reaches_its_accuracy(demo):
@@ -141,6 +142,19 @@ def test_norms_and_biases_are_not_decayed():
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in rest["params"]} == {1}
     assert len(decayed["params"]) + len(rest["params"]) == len(list(resnet18().parameters()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_norm_is_of_all_gradients_in_any_layout(layout):
+    model, accelerator = resnet18(num_classes=10).to(memory_format=layout), Accelerator(cpu=True)
+    model.fc.bias.requires_grad_(False)
+    model(torch.randn(2, 3, 32, 32).to(memory_format=layout)).square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
+    torch.testing.assert_close(clip_grad_norm(accelerator, model, 0).double(), expected, rtol=1e-5, atol=0)
+    for bad in (math.inf, math.nan):
+        model.conv1.weight.grad[0, 0, 0, 0] = bad
+        assert not clip_grad_norm(accelerator, model, 0).isfinite()
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 10])
