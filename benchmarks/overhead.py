@@ -3,19 +3,25 @@
 
     python benchmarks/overhead.py [--epochs 8] [any flag of recipes/resnet.py]
 
-The loops take steps in turn, in one process, so that a drift of the machine's speed affects all alike; each step waits
-for the device. The bare loop has no metrics, digest, gradient norm or trackers; a third loop has the gradient's norm,
-which the recipe logs and by which it finds a step that is not finite. Prints seconds a step of each and the ratios
-step by step, and writes benchmarks/results/overhead_<hardware>_<date>.json. The goal is at most 2 %.
+The loops take steps in turn, so that a drift of the machine's speed affects all alike; each step waits for the device.
+The bare loop has no metrics, digest, gradient norm or trackers, and runs in a process of its own, as a script would.
+Two more run in the recipe's process, where on a CPU glibc keeps freed memory (shared/accelerator.py): a bare loop, and
+one that takes the gradient's norm, which the recipe logs and by which it finds a step that is not finite. Prints
+seconds a step of each and the ratios step by step, and writes benchmarks/results/overhead_<hardware>_<date>.json. The
+goal is at most 2 % over the bare loop.
 """
 
 import argparse
+import contextlib
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -41,14 +47,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         more = ["--epochs", str(arguments.epochs + 1), "--output_dir", folder]
         steps = measure(*parse(*resnet.CONFIGS, arguments=[*flags, *more]))
-    names = ("recipe", "bare loop", "bare loop with the gradient's norm")
+    here = "in the recipe's process"
+    names = ("recipe", "bare loop", f"bare loop {here}", f"bare loop with the gradient's norm {here}")
     by_loop = zip(names, zip(*steps, strict=True), strict=True)
     rows = [{"what": f"{name}, seconds a step", **median_and_spread(times)} for name, times in by_loop]
     for number, name in enumerate(names[1:], 1):
         ratios = [times[0] / times[number] for times in steps]
         rows.append({"what": f"recipe / {name}, step by step", **median_and_spread(ratios), **quartiles(ratios)})
     print(table([{name: row[name] for name in ("what", "median", "min", "max", "n")} for row in rows]))
-    for row in rows[3:]:
+    for row in rows[len(names) :]:
         low, high = row["quartiles"]
         print(f"{row['what']}: {row['median'] - 1:+.2%} (half of the steps: {low - 1:+.2%} to {high - 1:+.2%})")
     print(write("overhead", rows))
@@ -62,7 +69,8 @@ def quartiles(values: list[float]) -> dict:
 class Turns:
     """The recipe's loader; after each of the recipe's steps the other loops take one."""
 
-    def __init__(self, loader, others: list[Iterator]):
+    def __init__(self, loader, others: list[Callable[[], float]]):
+        """others: each takes a step and returns its seconds."""
         self.loader, self.others = loader, others
         self.seconds: list[tuple[float, ...]] = []  # of the recipe's step and of each other's
 
@@ -75,11 +83,11 @@ class Turns:
             yield batch
             synchronize()
             recipe = time.perf_counter() - begin
-            self.seconds.append((recipe, *(seconds(other) for other in self.others)))
+            self.seconds.append((recipe, *(other() for other in self.others)))
 
 
 def measure(run_config: RunConfig, images: ImageConfig, config: resnet.Config) -> list[tuple[float, ...]]:
-    """Return the seconds of each step of (recipe, bare loop, bare loop with the norm) after the first epoch."""
+    """Return the seconds of each step of (recipe, bare loop, the two in this process) after the first epoch."""
     accelerator = build_accelerator(run_config.seed, config)
     loader, eval_loader = resnet.build_loaders(accelerator, run_config, images, config)
     steps = loader.order.steps_per_epoch
@@ -87,10 +95,9 @@ def measure(run_config: RunConfig, images: ImageConfig, config: resnet.Config) -
     model, optimizer, scheduler = build(config, steps)
     model, optimizer = resnet.parallelize(accelerator, model, optimizer, config)
     settle_buckets(model, loader.sample())
-    others = [
-        bare_steps(accelerator.device, run_config, config, loader.dataset, steps, norm) for norm in (False, True)
-    ]
-    turns = Turns(loader, others)
+    bare = accelerator.device, run_config, config, loader.dataset, steps
+    here = [partial(seconds, bare_steps(*bare, with_norm)) for with_norm in (False, True)]
+    turns = Turns(loader, [apart(*bare), *here])
     while not run.stopping:
         resnet.train_one_epoch(accelerator, model, turns, optimizer, scheduler, config, run)
     accelerator.end_training()
@@ -117,6 +124,7 @@ def bare_steps(
         collate_fn=lambda batch: batch,
         num_workers=run_config.num_workers,
         persistent_workers=run_config.num_workers > 0,
+        multiprocessing_context="fork" if run_config.num_workers else None,
         pin_memory=device.type == "cuda",
     )
 
@@ -135,6 +143,30 @@ def bare_steps(
             optimizer.zero_grad()
             scheduler.step()
             yield
+
+
+def apart(*bare) -> Callable[[], float]:
+    """Start a process that takes a step of `bare_steps(*bare)` at each call."""
+    mine, its = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    context.Process(target=answer, args=(its, torch.get_num_threads(), *bare)).start()
+    its.close()
+
+    def step() -> float:
+        mine.send(None)
+        return mine.recv()
+
+    return step
+
+
+def answer(connection: Connection, threads: int, *bare) -> None:
+    """Take a step at each message, and send back its seconds, until the other end is closed."""
+    torch.set_num_threads(threads)
+    steps = bare_steps(*bare, with_norm=False)
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.recv()
+            connection.send(seconds(steps))
 
 
 class EpochZero:

@@ -6,6 +6,7 @@ finite, and the reduction carries this to every process: all see the same norm, 
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Step(NamedTuple):
     def is_finite(self) -> bool:
         if self.arrived:
             self.arrived.synchronize()
-        return bool(self.norm.isfinite())
+        return math.isfinite(self.norm)
 
 
 class NonFinite:
