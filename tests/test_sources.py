@@ -154,7 +154,7 @@ def test_what_is_left_out_is_counted_and_said(tmp_path, capfd):
     assert train.labels.tolist() == [0, 1, 1]
     for _ in range(2):  # from the cache, too
         said = capfd.readouterr().err
-        assert said.count("train: class dog: 3 of 5 files are not images (.txt: 2, no ending: 1)") == 1
+        assert said.count("train: 3 files (.txt: 2, no ending: 1) in class folders are not images") == 1
         assert said.count("1 files (.jpg: 1) in no class folder, or in no part, are left out") == 1
         open_data(str(tmp_path / "data"), 0, 0)
 
@@ -424,7 +424,6 @@ def listed(rows=ROWS, header=("path", "label", "split"), mark: str = ",") -> str
         (listed([("0.jpg", "cat, grey", "train"), *ROWS[1:]]), "line 2 has 4 values for 3 columns"),
         (listed(header=("path", "label", "label")), "several columns label"),
         (listed([*ROWS, ("0.jpg", "cat", "test")]), "has val and test"),
-        (listed([*ROWS, ("in\\0.jpg", "cat", "val"), ("in/0.jpg", "cat", "val")]), "with slashes and .* backslashes"),
         (listed([(path, str(int(path[0]) / 4), part) for path, _, part in ROWS]), "column label holds 0.25, a number"),
         (listed([(path, f"{label};round", part) for path, label, part in ROWS]), "label holds 'cat;round', several"),
         (listed([(path, "cat", part) for path, _, part in ROWS]), "has one class, cat"),

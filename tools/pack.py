@@ -108,7 +108,7 @@ def from_archive(path: Path, inner: Path, val_fraction: float) -> tuple[Source, 
     except DAMAGED as error:
         raise UserError(f"{path} cannot be read: {error}. Copy it again.") from error
     prefix = "" if inner == Path() else f"{inner}/"
-    names = with_slashes([name for name, _ in found], str(path))
+    names = with_slashes([name for name, _ in found])
     places = dict(zip(names, (place for _, place in found), strict=True))
     tree = tree_of_names(name.removeprefix(prefix) for name in names if name.startswith(prefix))
     layout = read_layout(tree, str(path / inner))

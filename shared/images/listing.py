@@ -25,7 +25,7 @@ def read_csv(path: Path, image_column: str, label_column: str) -> tuple[list[str
     for (line, _), *values in zip(rows, *columns, strict=True):
         if not all(values):
             raise UserError(f"{path}, line {line}: {' or '.join(wanted)} is empty. Complete the line or remove it.")
-    paths, labels = with_slashes(columns[0], str(path)), columns[1]
+    paths, labels = with_slashes(columns[0]), columns[1]
     _refuse_encoding(path, paths, labels)
     _refuse_no_classes(path, wanted[1], labels)
     return paths, labels, [row[header.index("split")] for _, row in rows] if "split" in header else None

@@ -17,7 +17,6 @@ from .tree import IMAGES, is_hidden, state_of
 
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 BLOCK = tarfile.BLOCKSIZE
-MOST_CLASSES = 1_000_000  # a greater label is taken for a mistake: the network would have an output for each
 FEW_CLASSES = 1000  # even a few images of ImageNet may have labels up to this
 
 
@@ -38,24 +37,21 @@ def scan(parts: dict[str, list[str]], root: Path) -> Index:
     ends = np.cumsum([0, *map(len, parts.values())])
     sizes = [[sum(counts[begin:end]), int(end - begin)] for begin, end in itertools.pairwise(ends)]
     places = dict(zip(parts, sizes, strict=True))
-    _check_labels(root, shards, rows, np.split(labels, np.cumsum(sizes, axis=0)[:-1, 0]), places)
-    classes, names = numbered(int(labels.max()) + 1), np.array([os.fsencode(key) for key in keys.tolist()])
+    _check_labels(root, np.split(labels, np.cumsum(sizes, axis=0)[:-1, 0]), places)
+    classes = [str(label) for label in range(int(labels.max()) + 1)]
+    names = np.array([os.fsencode(key) for key in keys.tolist()])
     return Index(
         names, labels, classes, shards, shard, offset, length, notes=notes or None, parts=places, states=states
     )
 
 
-def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.ndarray], parts: dict) -> None:
+def _check_labels(root: Path, labels: list[np.ndarray], parts: dict) -> None:
     """Raise UserError for implausible labels: the greatest one decides how many classes there are."""
-    key, label, number, *_ = max(rows, key=lambda row: row[1])
+    label = max(int(part.max()) for part in labels if len(part))
     for name, part in zip(parts, labels, strict=True):
         if not (part >= 0).any():
             what = f"of the part {name}" if name else "of its shards"
             raise UserError(f"{root}: no image {what} has a class. Beside KEY.jpg must be KEY.cls with its number.")
-    if label >= MOST_CLASSES:
-        raise UserError(
-            f"{root / shards[number]}: {key} has the class {label}, which is not a plausible class number. Fix it."
-        )
     if label + 1 > max(len(labels[0]), FEW_CLASSES):
         raise UserError(f"{root} has the label {label}, but {len(labels[0])} training images in all. Fix that label.")
     train, *held_out = ({*part[part >= 0].tolist()} for part in labels)
@@ -63,11 +59,6 @@ def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.nda
         raise UserError(f"{root}: the class {min(unseen)} has held-out images only. Both parts need the same classes.")
     if len(train) == 1:
         raise UserError(f"{root}: all images have the class {label}, so there is nothing to classify. Check KEY.cls.")
-
-
-def numbered(count: int) -> list[str]:
-    """Return names for classes that have none."""
-    return [str(label) for label in range(count)]
 
 
 def members(shard: Path) -> tuple[list[tuple[str, int, int, int]], bool]:

@@ -11,8 +11,6 @@ from ..collectives import on_main_process
 from ..errors import UserError
 from .storage import Rows
 
-IMAGE_COLUMN, LABEL_COLUMN = "--image_column", "--label_column"
-
 
 def open_rows(files: list[Path]):
     """Return the rows of one part as a `datasets.Dataset` on the disk: arrow files are mapped in place, parquet
@@ -76,8 +74,8 @@ def read_columns(rows, where: str, image_column: str = "", label_column: str = "
     """
     import datasets
 
-    image = choose_column(rows.features, datasets.Image, image_column, IMAGE_COLUMN, where)
-    label = choose_column(rows.features, datasets.ClassLabel, label_column, LABEL_COLUMN, where)
+    image = choose_column(rows.features, datasets.Image, image_column, "--image_column", where)
+    label = choose_column(rows.features, datasets.ClassLabel, label_column, "--label_column", where)
     table, classes = rows.data.table, rows.features[label].names
     return (
         Rows(table[image], where),

@@ -93,17 +93,9 @@ def tree_of_names(names: Iterable[str]) -> Tree:
     return {folder: sorted(files) for folder, files in sorted(tree.items())}
 
 
-def with_slashes(names: list[str], where: str) -> list[str]:
-    """Return names as this system writes them: without `./`, and with slashes for another system's backslashes.
-
-    Raises UserError where both separate folders.
-    """
-    if any("\\" in name for name in names):
-        if mixed := next((name for name in names if "/" in name), None):
-            other = next(name for name in names if "\\" in name)
-            raise UserError(f"{where} writes {mixed!r} with slashes and {other!r} with backslashes. Write all alike.")
-        names = [name.replace("\\", "/") for name in names]
-    return [name.removeprefix("./") for name in names]
+def with_slashes(names: list[str]) -> list[str]:
+    """Return names without `./`, and with slashes for another system's backslashes."""
+    return [name.replace("\\", "/").removeprefix("./") for name in names]
 
 
 def read_layout(tree: Tree, where: str) -> Layout:
@@ -197,15 +189,17 @@ def _classes(tree: Tree, prefix: str, where: str, notes: list[str]) -> dict[str,
         loose = Counter(map(ending, tree.get(prefix[:-1], ())))
         raise UserError(f"{where} holds no class folders{', but ' + _counted(loose) if loose else ''}. {ONE_EACH}")
     _check_class_names(folders, prefix, where)
-    classes, others = {}, {}
+    classes, others = {}, Counter()
     for name, inner in sorted(folders.items()):
         files = [(folder, file) for folder in inner for file in tree[folder]]
         classes[name] = sorted(f"{folder}/{file}" for folder, file in files if KINDS.get(ending(file)) == "images")
-        others[name] = Counter(ending(file) for _, file in files if KINDS.get(ending(file)) != "images")
+        other = Counter(ending(file) for _, file in files if KINDS.get(ending(file)) != "images")
         if not classes[name]:
-            what = f", but {_counted(others[name])}" if files else ""
+            what = f", but {_counted(other)}" if files else ""
             raise UserError(f"the class folder {where}/{name} holds no images{what}. Fill it or remove it.")
-    notes += _not_images(classes, others, where)
+        others += other
+    if others:
+        notes.append(f"{where}: {_counted(others)} in class folders are not images")
     return classes
 
 
@@ -232,17 +226,6 @@ def _counted(endings: Counter) -> str:
     """Return a text such as `16 files (.txt: 16)`."""
     each = ", ".join(f"{kind or 'no ending'}: {count}" for kind, count in endings.most_common())
     return f"{endings.total()} files ({each})"
-
-
-def _not_images(classes: dict[str, list[str]], others: dict[str, Counter], where: str) -> list[str]:
-    """Return one line per part: the class with the most files that are not images, and how many others have."""
-    if not any(others.values()):
-        return []
-    name = max(others, key=lambda name: others[name].total())
-    count, rest = others[name].total(), sum(other.total() for other in others.values()) - others[name].total()
-    each = _counted(others[name]).partition(" files")[2]
-    besides = f"; so are {rest} of other classes" if rest else ""
-    return [f"{where}: class {name}: {count} of {count + len(classes[name])} files are not images{each}{besides}"]
 
 
 def _left_out(tree: Tree, parts: list[str], where: str) -> list[str]:
