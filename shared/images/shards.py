@@ -37,7 +37,7 @@ def scan(parts: dict[str, list[str]], root: Path) -> Index:
     ends = np.cumsum([0, *map(len, parts.values())])
     sizes = [[sum(counts[begin:end]), int(end - begin)] for begin, end in itertools.pairwise(ends)]
     places = dict(zip(parts, sizes, strict=True))
-    _check_labels(root, np.split(labels, np.cumsum(sizes, axis=0)[:-1, 0]), places)
+    _check_labels(root, shards, rows, np.split(labels, np.cumsum(sizes, axis=0)[:-1, 0]), places)
     classes = [str(label) for label in range(int(labels.max()) + 1)]
     names = np.array([os.fsencode(key) for key in keys.tolist()])
     return Index(
@@ -45,15 +45,16 @@ def scan(parts: dict[str, list[str]], root: Path) -> Index:
     )
 
 
-def _check_labels(root: Path, labels: list[np.ndarray], parts: dict) -> None:
+def _check_labels(root: Path, shards: list[str], rows: list, labels: list[np.ndarray], parts: dict) -> None:
     """Raise UserError for implausible labels: the greatest one decides how many classes there are."""
-    label = max(int(part.max()) for part in labels if len(part))
+    key, label, number, *_ = max(rows, key=lambda row: row[1])
     for name, part in zip(parts, labels, strict=True):
         if not (part >= 0).any():
             what = f"of the part {name}" if name else "of its shards"
             raise UserError(f"{root}: no image {what} has a class. Beside KEY.jpg must be KEY.cls with its number.")
     if label + 1 > max(len(labels[0]), FEW_CLASSES):
-        raise UserError(f"{root} has the label {label}, but {len(labels[0])} training images in all. Fix that label.")
+        where, count = f"{root / shards[number]}: {key}", len(labels[0])
+        raise UserError(f"{where} has the class {label}, but there are {count} training images in all. Fix it.")
     train, *held_out = ({*part[part >= 0].tolist()} for part in labels)
     if unseen := set().union(*held_out) - train:
         raise UserError(f"{root}: the class {min(unseen)} has held-out images only. Both parts need the same classes.")
