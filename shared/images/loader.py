@@ -259,7 +259,6 @@ def worker_options(
     """
     begin = None
     if num_workers:
-        _try_to_send()
         # Runs before multiprocessing waits for the workers: it sends SIGTERM, which they ignore. Two calls do no harm.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
@@ -284,16 +283,6 @@ def worker_options(
 
 def _as_is(batch: Batch) -> Batch:
     return batch
-
-
-def _try_to_send() -> None:
-    """Raise UserError where no queue can be made: a worker without one would keep its batches, without an error."""
-    try:
-        multiprocessing.SimpleQueue()
-    except OSError as error:
-        raise UserError(
-            f"loader workers need /dev/shm: {error}. Make it writable, or give --num_workers 0."
-        ) from error
 
 
 def start_workers(loader: DataLoader) -> None:
