@@ -274,6 +274,8 @@ def write_digits(folder):
 
 def build_loaders(accelerator, run_config, images, config):
     """Return the training and evaluation loaders of this process's share; samples depend on seed, step, streams."""
+    if images.train_images:
+        raise UserError("--train_images has no effect: streams read whole shards. Leave it out.")
     if images.data == "digits":
         folder = on_main_process(accelerator, make_once, cache_folder() / "digits-in-shards", write_digits)
         images = replace(images, data=str(folder))

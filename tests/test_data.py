@@ -2,6 +2,7 @@
 """Sources and views."""
 
 import csv
+import gzip
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHORT
+from conftest import train as train_command
 
 from shared.draws import hash64, random_bits, uniforms
-from shared.images import Source, open_data
+from shared.errors import UserError
+from shared.images import Source, open_data, sources
 from shared.images.decode import render
 from shared.images.views import evaluation_view, random_crop, training_view
 
@@ -24,6 +28,42 @@ def test_the_digits_are_scikit_learns():
     assert pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert np.bincount(held_out.labels, minlength=10).min() >= 25
+
+
+@pytest.mark.skipif(not sources.FASHION.exists(), reason="apt install dataset-fashion-mnist")
+def test_fashion_has_every_image_under_its_label(server, tmp_path):
+    train, held_out = open_data("fashion", 0.0, seed=0)
+    assert [np.bincount(part.labels).tolist() for part in (train, held_out)] == [[6000] * 10, [1000] * 10]
+    assert [train.classes[label] for label in train.labels[:3]] == ["Ankle boot", "T-shirt/top", "T-shirt/top"]
+    # Mean and deviation that are published for its training images: 0.2860 and 0.3530.
+    pixels = train.images.pixels / np.float32(255)
+    assert (round(float(pixels.mean()), 4), round(float(pixels.std()), 4)) == (0.2860, 0.3530)
+    run = train_command(
+        tmp_path, "--data", "fashion", "--train_images", "300", *SHORT, "--max_steps", "2", server=server
+    )
+    assert "training: 300 images, 10 classes, 28 x 28 pixels" in run.text
+    assert run.config["identity"]["train_images"] == run.config["identity"]["training_images"] == 300
+
+
+def test_fashion_that_is_missing_or_cut_off_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FASHION", tmp_path)
+    with pytest.raises(UserError, match="apt install dataset-fashion-mnist"):
+        open_data("fashion", 0.0, seed=0)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(28 * 28 + 16))[:20])
+    with pytest.raises(UserError, match=r"--data fashion cannot be read: .* apt install"):
+        open_data("fashion", 0.0, seed=0)
+
+
+def test_some_of_the_training_images_are_drawn_from_the_seed():
+    train, _ = open_data("digits", 0.0, seed=0)
+    some = train.first(500, seed=0)
+    numbers = np.sort(np.argsort(random_bits(1437, 0), kind="stable")[:500])
+    assert some.labels.tolist() == train.labels[numbers].tolist()
+    assert all((some.images[place] == train.images[number]).all() for place, number in enumerate(numbers))
+    assert train.first(0, seed=0) is train
+    assert train.first(500, seed=1).labels.tolist() != some.labels.tolist()
+    with pytest.raises(UserError, match="--train_images 1438 is more than the 1437"):
+        train.first(1438, seed=0)
 
 
 @pytest.mark.parametrize("held_out_name", ["val", "valid", "validation", "test"])

@@ -182,7 +182,8 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
     sources: training, held-out. config: a recipe's own, with global_batch_size and gradient_accumulation_steps. Raises
     UserError where the batch does not divide among the processes.
     """
-    (train, held_out), seed, share = sources, run_config.seed, data_parallel(accelerator)
+    seed, share = run_config.seed, data_parallel(accelerator)
+    train, held_out = sources = sources[0].first(images.train_images, seed), sources[1]
     batch = micro_batch_size(config, share[1])
     orders = (
         TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, train.blocks),

@@ -9,6 +9,7 @@ from typing import Annotated
 from transformers.hf_argparser import HfArg
 
 from ..config import Fraction, Natural, Positive, Range
+from .sources import NAMED
 
 Part = Annotated[float, Range(1e-6, 1)]
 
@@ -18,7 +19,8 @@ class ImageConfig:
     """The images and their views; parsed beside a recipe's own configuration."""
 
     _argument_group_name = "data"
-    data: str = HfArg(default="digits", help="the word digits, a folder (class folders, tar shards, tables), or a CSV")
+    data: str = HfArg(default="digits", help="digits, fashion, a folder (class folders, tar shards, tables), or a CSV")
+    train_images: Natural = HfArg(default=0, help="train on as many images, drawn from the seed; 0 = all")
     val_fraction: Annotated[float, Range(0, 0.9)] = HfArg(
         default=0.0, help="share of images held out, per class, where the data has no split"
     )
@@ -42,9 +44,9 @@ class ImageConfig:
         return self.data, self.val_fraction, seed, self.shuffle_block, self.image_column, self.label_column
 
     def identity(self) -> dict:
-        """Return the values that decide what is learned; columns only where they are given."""
+        """Return the values that decide what is learned; some only where they are given."""
         values = dataclasses.asdict(self) | {"data": self.data}
-        if self.data != "digits":
+        if self.data not in NAMED:
             values["data"] = str(Path(self.data).resolve())
-        empty = [name for name in ("image_column", "label_column") if not values[name]]
+        empty = [name for name in ("image_column", "label_column", "train_images") if not values[name]]
         return {name: value for name, value in values.items() if name not in (*empty, "max_undecodable")}

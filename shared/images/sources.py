@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open labelled images for random access: the embedded digits, or those that a folder or a CSV file names."""
+"""Open labelled images for random access: digits, garments, or those that a folder or a CSV file names."""
 
+import gzip
 import hashlib
 import os
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -24,6 +26,8 @@ from .tree import HELD_OUT, PARTS, pair, read_layout, tree_of_folder
 
 ARCHIVES = (".zip", ".tar")
 SAMPLED = 64  # images of a part whose bytes are in its fingerprint
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,13 @@ class Source:
     def subset(self, numbers: np.ndarray) -> "Source":
         blocks = self.blocks and Blocks(self.blocks.shard[numbers], self.blocks.size)
         return Source(self.images.take(numbers), self.labels[numbers], self.classes, blocks)
+
+    def first(self, count: int, seed: int) -> "Source":
+        """Return the first images of the seed's permutation, in their former order; all for 0."""
+        if count > len(self):
+            raise UserError(f"--train_images {count} is more than the {len(self)} that there are. Give 0 for all.")
+        permutation = np.argsort(random_bits(len(self), seed), kind="stable")
+        return self.subset(np.sort(permutation[:count])) if count else self
 
     def fingerprint(self) -> str:
         """Return a hash (16 hex digits) of all labels, all file names and the bytes of SAMPLED images."""
@@ -85,13 +96,13 @@ def open_data(
 
 
 def _open(data: str, val_fraction: float, seed: int, *columns: str) -> tuple[Source, Source]:
-    if data == "digits":
-        _refuse_columns(columns, "the digits")
-        _refuse_fraction(val_fraction, "the digits")
-        return _digits()
+    if data in NAMED:
+        _refuse_columns(columns, f"--data {data}")
+        _refuse_fraction(val_fraction, f"--data {data}")
+        return NAMED[data]()
     path = Path(data)
     if not path.exists():
-        raise UserError(f"--data {data} does not exist. Give the word digits, a folder, or a CSV file.")
+        raise UserError(f"--data {data} does not exist. Give the word digits or fashion, a folder, or a CSV file.")
     if path.is_file() and path.suffix.lower() == ".csv":
         return _from_csv(path, val_fraction, seed, *columns)
     if path.is_file() and path.suffix.lower() in ARCHIVES:
@@ -220,6 +231,28 @@ def _digits() -> tuple[Source, Source]:
     everything = Source(Pixels(images), table[:, -1].astype(np.int64), [str(digit) for digit in range(10)])
     held_out = np.arange(len(everything)) % 5 == 0
     return everything.subset(np.flatnonzero(~held_out)), everything.subset(np.flatnonzero(held_out))
+
+
+def _fashion() -> tuple[Source, Source]:
+    """Return Fashion-MNIST (Xiao et al., arXiv:1708.07747): 60,000 and 10,000 grey images of 28 x 28 pixels."""
+    parts = []
+    try:
+        for name in ("train", "t10k"):
+            grey = _numbers(FASHION / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
+            labels = _numbers(FASHION / f"{name}-labels-idx1-ubyte.gz", 8).astype(np.int64)
+            parts.append(Source(Pixels(np.repeat(grey, 3, axis=3)), labels, [*GARMENTS]))
+    except (OSError, EOFError, zlib.error) as error:
+        remedy = "Install Debian's package: apt install dataset-fashion-mnist"
+        raise UserError(f"--data fashion cannot be read: {error}. {remedy}.") from error
+    return parts[0], parts[1]
+
+
+def _numbers(path: Path, header: int) -> np.ndarray:
+    """Return the bytes of an IDX file that follow its header."""
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+
+NAMED = {"digits": _digits, "fashion": _fashion}
 
 
 def _from_csv(path: Path, val_fraction: float, seed: int, *columns: str) -> tuple[Source, Source]:

@@ -27,7 +27,7 @@ def steps_per_epoch(plan: Plan, task: Task) -> int | None:
     if Path(images.data).exists() and not Path(images.data, "train/index.safetensors").exists():
         return None
     batch, seed = task.config.global_batch_size, task.run_config.seed
-    count = count_images(read, *images.source(seed))
+    count = images.train_images or count_images(read, *images.source(seed))
     return plan.shared("order").TrainingOrder(count, batch, batch, 0, 1, seed).steps_per_epoch
 
 

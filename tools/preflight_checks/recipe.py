@@ -165,8 +165,9 @@ def wrapped(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def network(plan: Plan, task: Task):
-    """Return the recipe's model without memory, with 1,000 classes unless the data is the digits."""
+    """Return the recipe's model without memory, with 1,000 classes unless the data is a demonstration's."""
     import torch
 
+    classes = 10 if task.images.data in ("digits", "fashion") else 1000
     with torch.device("meta"):
-        return plan.module.build_model(task.images, task.config, 10 if task.images.data == "digits" else 1000, 0)
+        return plan.module.build_model(task.images, task.config, classes, 0)
