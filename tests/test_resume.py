@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Result, environment, launch_command, python, train, wait_for
 
-from shared.checkpoint import checkpoint_to_resume, checkpoints, damage
+from shared.checkpoint import checkpoint_to_resume, checkpoints, damage, read_state
 from shared.errors import UserError
 from shared.run.identity import identity_hash
 
@@ -90,6 +90,31 @@ def test_resume_at_an_epoch_end_is_bitwise_the_same(server, runs, flags, uninter
     assert curve(second) == curve(uninterrupted)
     assert second.summary["stop_reason"] == "epochs"
     assert second.summary["seconds"] > before["seconds"]
+
+
+# timm's Lamb counts its steps in its parameter groups; its bias correction depends on them.
+LAMB = """
+import resnet as recipe
+from shared.config import parse
+from timm.optim import Lamb
+class Counting(Lamb):
+    def __init__(self, groups, lr, *_, **__):
+        super().__init__(groups, lr, weight_decay=0.01, max_grad_norm=None)
+recipe.torch.optim.SGD, recipe.zero_momentum = Counting, lambda optimizer: optimizer
+recipe.main(*parse(*recipe.CONFIGS))
+"""
+
+
+def test_an_optimizer_that_counts_in_its_groups_resumes_bitwise(server, runs, flags, tmp_path):
+    script = tmp_path / "resnet.py"
+    script.write_text(LAMB)
+    options = {"recipe": script, "server": server}
+    whole = train(runs / "lamb", *flags, "--max_steps", "8", **options)
+    assert read_state(checkpoints(whole.folder / "checkpoints")[-1])["optimizer"]["step"] == 8
+    train(runs / "lamb-resumed", *flags, "--max_steps", "4", **options)
+    resumed = train(runs / "lamb-resumed", *flags, "--max_steps", "8", **options)
+    assert "resumed at step 4 of 36" in resumed.text
+    assert resumed.series("loss") == whole.series("loss")
 
 
 def test_resume_on_two_processes_is_the_same_to_rounding(server, runs, flags, uninterrupted):

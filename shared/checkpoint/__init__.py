@@ -3,9 +3,9 @@
 
 A checkpoint holds all that the rest of the run depends on: weights, buffers and optimizer state under the plain
 model's names, in safetensors files that any number of processes can read (torch.distributed.checkpoint); in state.json
-the learning-rate schedule, the gradient scaler and the state of a recipe's loader, if it has one. The sample order and
-the augmentation are functions of the step, so no random state is saved. manifest.json is written last and lists every
-file with its size and SHA-256; then the folder gets its name.
+the learning-rate schedule, what an optimizer counts in its groups, the gradient scaler and the state of a recipe's
+loader, if it has one. Sample order and augmentation are functions of the step, so no random state is saved.
+manifest.json is written last and lists every file with its size and SHA-256; then the folder gets its name.
 """
 
 from .load import load_checkpoint, read_state, read_weights

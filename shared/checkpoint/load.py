@@ -2,6 +2,7 @@
 """Load a checkpoint into a training run, or only its weights."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -21,20 +22,33 @@ from .tensors import FLAT, TensorReader, plain_names, unwrapped
 
 
 def load_checkpoint(
-    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+    path: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    changed: Collection[str] = (),
 ) -> dict:
     """Load model, optimizer and scheduler, and return the content of state.json; every process must call it.
 
-    Raises UserError where the checkpoint's names are not those of the training, and where its files cannot be read.
+    changed: names in the optimizer's groups that keep this configuration's values. Raises UserError where the
+    checkpoint's names are not those of the training, and where its files cannot be read.
     """
     try:
-        return _load(path, accelerator, model, optimizer, scheduler)
+        state = _load(path, accelerator, model, optimizer, scheduler)
     except dcp.api.CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = error
+    else:
+        numbers = {name: value for name, value in state.get("optimizer", {}).items() if name not in changed}
+        for group in unwrapped(optimizer).param_groups if numbers else ():  # former checkpoints have none
+            for name, value in numbers.items():
+                was = group.get(name)
+                group[name] = torch.full_like(was, value) if isinstance(was, Tensor) else value
+        return state
     raise UserError(f"{path} cannot be read: {reason}. Give --resume_from_checkpoint another one.")
 
 

@@ -24,7 +24,7 @@ from ..files import to_disk, write_json
 from ..launch import strategy
 from .deepspeed import write_zero
 from .retention import MANIFEST, STATE, checkpoints, checksum, remove_checkpoint, superfluous
-from .tensors import TensorWriter, local, own_share, state_tensors, unwrapped
+from .tensors import TensorWriter, group_numbers, local, own_share, state_tensors, unwrapped
 
 
 class SaveError(RuntimeError):
@@ -57,7 +57,8 @@ class Checkpoints:
         self.begin = time.monotonic()
         final, temporary = (self.folder / f"{word}-{state['step']:08d}" for word in ("step", "tmp"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        state = {**state, "scheduler": scheduler.state_dict(), "scaler": scaler}
+        numbers = {} if strategy().startswith("zero") else group_numbers(unwrapped(optimizer))
+        state = {**state, "scheduler": scheduler.state_dict(), "scaler": scaler, "optimizer": numbers}
         manifest = {"step": state["step"], "identity": self.identity, **manifest}
         tensors = {}
         with self._removed_on_failure(temporary):

@@ -59,7 +59,8 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def plain_names(weights: dict, moments: dict) -> dict[str, Tensor]:
     both = [(f"model.{name}", value) for name, value in weights.items()]
-    both += [(f"optimizer.{name}", value) for name, value in moments.items()]
+    # Values of a group are no entry of a parameter: group_numbers has them.
+    both += [(f"optimizer.{name}", value) for name, value in moments.items() if not name.startswith("param_groups.")]
     return {name.replace("_orig_mod.", ""): value for name, value in both if isinstance(value, Tensor)}
 
 
@@ -81,6 +82,19 @@ def own_share(tensors: dict[str, Tensor], model: nn.Module, rank: int, size: int
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def group_numbers(optimizer: Optimizer) -> dict[str, float]:
+    """Return the numbers that all parameter groups hold alike, without the learning rates, which the scheduler sets.
+    Some optimizers count there: timm's Lamb its steps, schedulefree the weights of its average."""
+    first, *others = [{name: _number(value) for name, value in group.items()} for group in optimizer.param_groups]
+    alike = {name: value for name, value in first.items() if all(group.get(name) == value for group in others)}
+    return {name: value for name, value in alike.items() if value is not None and name not in ("lr", "initial_lr")}
+
+
+def _number(value) -> float | None:
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return value if type(value) in (int, float) else None
 
 
 INDEX = "index.json"

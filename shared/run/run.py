@@ -51,6 +51,7 @@ class Run(Position):
         trackers = known_trackers(run_config.report_to)
         refuse_pairs(run_config, config, strategy())
         self.accelerator, self.traced = accelerator, run_config.profile
+        self.changed = run_config.resume_override.replace(",", " ").split()
         data = on_main_process(accelerator, lambda: (train_loader.describe(), eval_loader.describe()))
         values, self.folder = identity.of_run(run_config, data_config, config, *data)
         self.files = Folder(self.folder)
@@ -141,7 +142,7 @@ class Run(Position):
 
     def resume(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> None:
         """Load the checkpoint; drop later lines from metrics.jsonl, and quarantine later checkpoints."""
-        state = load_checkpoint(self.checkpoint, self.accelerator, model, optimizer, scheduler)
+        state = load_checkpoint(self.checkpoint, self.accelerator, model, optimizer, scheduler, self.changed)
         self.step = self.first_step = self.saves.saved_step = state["step"]
         self.tally.rejected = state["rejected"] if data_parallel(self.accelerator)[0] == 0 else 0
         self.lines.resume(on_main_process(self.accelerator, self.files.go_back, self.checkpoint, self.log.metrics))
