@@ -129,6 +129,23 @@ def test_a_run_without_one_step_of_its_optimizer_resumes(tmp_path):
     torch.testing.assert_close(dict(other[0].state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
+def test_what_an_optimizer_counts_is_saved_or_refused(tmp_path):
+    """In its groups, as a number or a tensor, where all groups agree; a number for one parameter would be lost."""
+    model, optimizer, scheduler = trained()
+    optimizer.param_groups[0] |= {"k": 7, "step": torch.tensor(7.0)}
+    Checkpoints(tmp_path, ALONE, {}, 2, False).save(model, optimizer, scheduler, {"step": 3}, {})
+    for changed, expected in (((), (7, 7.0)), (("k",), (1, 7.0))):
+        other = trained()
+        other[1].param_groups[0] |= {"k": 1, "step": torch.tensor(1.0)}
+        load_checkpoint(tmp_path / "step-00000003", ALONE, *other, changed)
+        (group,) = other[1].param_groups
+        assert (group["k"], group["step"].item()) == expected
+        assert group["lr"] == optimizer.param_groups[0]["lr"]
+    optimizer.state[model.weight]["count"] = 3
+    with pytest.raises(saving.SaveError, match=r"keeps state\.weight\.count as a number"):
+        Checkpoints(tmp_path, ALONE, {}, 2, False).save(model, optimizer, scheduler, {"step": 4}, {})
+
+
 def test_a_scaler_that_the_checkpoint_has_not_starts_at_its_default(tmp_path):
     saved(tmp_path, 3)
     scaler = torch.amp.GradScaler("cpu")

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.optim import Optimizer
 
+from ..errors import UserError
 from ..files import to_disk, write_json
 
 # One entry per parameter, not per group: each process of a pipeline has parameters of its own.
@@ -43,8 +44,8 @@ def local(tensor: Tensor) -> Tensor:
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return weights, buffers and the optimizer's tensors by plain name, each as this process holds it.
 
-    An optimizer's other values come from the configuration. torch's get_state_dict gives the same, but takes longer
-    than copying the values.
+    See group_numbers for what an optimizer keeps besides; its settings come from the configuration. Raises UserError
+    for numbers that it keeps for each parameter. torch's get_state_dict takes longer than copying the values.
     """
     # state_dict first: under FSDP it shards again what an evaluation left gathered, and the optimizer has the shards.
     weights = model.state_dict()
@@ -54,6 +55,9 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
+    if lost := [name for name, value in moments.items() if isinstance(value, int | float)]:
+        what = f"{type(optimizer).__name__} keeps {lost[0]} as a number, which a checkpoint of tensors would lose"
+        raise UserError(f"{what}. Take an optimizer that keeps tensors.")
     return plain_names(weights, moments)
 
 
@@ -100,24 +104,32 @@ def _number(value) -> float | None:
 INDEX = "index.json"
 
 
-class TensorWriter(StorageWriter):
+class _Storage:
+    """The part of a storage that does nothing: the plans stay as the planner made them."""
+
+    def reset(self, checkpoint_id=None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan | LoadPlan) -> SavePlan | LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list) -> list:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
+        return True
+
+
+class TensorWriter(_Storage, StorageWriter):
     """A writer into an existing folder; every file is on the disk, not only in its cache, when `save` returns."""
 
     def __init__(self, folder: Path, rank: int, staged: dict[str, torch.Tensor] | None = None):
         """staged: copies of this process's parts, to write instead of the tensors, which training may have changed."""
         self.folder, self.name, self.staged = folder, f"tensors-{rank:05d}.safetensors", staged
 
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator: bool, *arguments, **keywords) -> None:
         pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this process's pieces; raises OSError where the disk is full, and ValueError for what is not a
@@ -158,19 +170,12 @@ class TensorWriter(StorageWriter):
             index[name] = {"size": list(entry.size), "dtype": dtype, "chunks": chunks}
         write_json(self.folder / INDEX, index)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
 
-
-class TensorReader(StorageReader):
+class TensorReader(_Storage, StorageReader):
     """A reader of the files that TensorWriters wrote."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-
-    def reset(self, checkpoint_id=None) -> None:
-        pass
 
     def read_metadata(self, *arguments, **keywords) -> Metadata:
         entries, self.files = {}, {}
@@ -188,12 +193,6 @@ class TensorReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *arguments, **keywords) -> None:
         pass
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file = {}
         for item in plan.items:
@@ -207,10 +206,6 @@ class TensorReader(StorageReader):
                     target.copy_(piece[tuple(slice(begin, begin + length) for begin, length in ranges)])
                     planner.commit_tensor(item, target)
         return _done(None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
 
 
 def _key(name: str, offsets: torch.Size) -> str:
