@@ -412,6 +412,7 @@ def test_every_setting_of_the_images_is_another_run_but_what_may_be_left_out():
     """A column decides where it is given."""
     other = {"data": "x", "val_fraction": 0.1, "shuffle_block": 8, "image_column": "x", "label_column": "x"}
     other |= {"image_size": 64, "min_crop_area": 0.5, "horizontal_flip": True, "eval_crop_ratio": 0.5}
+    other |= {"train_images": 100}
     assert {*other, "max_undecodable"} == {field.name for field in fields(ImageConfig)}
     for name, value in other.items():
         assert ImageConfig(**{name: value}).identity() != ImageConfig().identity(), name
