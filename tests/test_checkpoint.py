@@ -142,8 +142,9 @@ def test_what_an_optimizer_counts_is_saved_or_refused(tmp_path):
         assert (group["k"], group["step"].item()) == expected
         assert group["lr"] == optimizer.param_groups[0]["lr"]
     optimizer.state[model.weight]["count"] = 3
-    with pytest.raises(saving.SaveError, match=r"keeps state\.weight\.count as a number"):
+    with pytest.raises(UserError, match="AdamW keeps `count` of each parameter as a number"):
         Checkpoints(tmp_path, ALONE, {}, 2, False).save(model, optimizer, scheduler, {"step": 4}, {})
+    assert names(tmp_path) == ["step-00000003"]
 
 
 def test_a_scaler_that_the_checkpoint_has_not_starts_at_its_default(tmp_path):

@@ -157,6 +157,26 @@ def test_the_norm_is_of_all_gradients_in_any_layout(layout):
         assert not clip_grad_norm(accelerator, model, 0).isfinite()
 
 
+# The pages that a tensor of 16 MiB, 4,096 pages, maps again after an equal one was freed.
+FAULTS = """
+import resource, torch, resnet
+resnet.build_accelerator(0, resnet.Config())
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**22)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory")
+def test_memory_that_a_step_frees_stays_with_the_process(server, tmp_path):
+    (tmp_path / "faults.py").write_text(FAULTS)
+    command = [*launch_command()[2:], tmp_path / "faults.py"]
+    process = server.launch(command, env=environment())
+    assert process.returncode == 0, process.stdout
+    assert int(process.stdout.split()[-1]) < 400
+
+
 @pytest.mark.parametrize("total_steps", [1, 2, 10])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 10])
 @pytest.mark.parametrize("name", ["one_cycle", "cosine"])

@@ -44,8 +44,8 @@ def local(tensor: Tensor) -> Tensor:
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return weights, buffers and the optimizer's tensors by plain name, each as this process holds it.
 
-    See group_numbers for what an optimizer keeps besides; its settings come from the configuration. Raises UserError
-    for numbers that it keeps for each parameter. torch's get_state_dict takes longer than copying the values.
+    See group_numbers for what an optimizer keeps besides; its settings come from the configuration. torch's
+    get_state_dict takes longer than copying the values.
     """
     # state_dict first: under FSDP it shards again what an evaluation left gathered, and the optimizer has the shards.
     weights = model.state_dict()
@@ -55,9 +55,6 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    if lost := [name for name, value in moments.items() if isinstance(value, int | float)]:
-        what = f"{type(optimizer).__name__} keeps {lost[0]} as a number, which a checkpoint of tensors would lose"
-        raise UserError(f"{what}. Take an optimizer that keeps tensors.")
     return plain_names(weights, moments)
 
 
@@ -90,7 +87,16 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 def group_numbers(optimizer: Optimizer) -> dict[str, float]:
     """Return the numbers that all parameter groups hold alike, without the learning rates, which the scheduler sets.
-    Some optimizers count there: timm's Lamb its steps, schedulefree the weights of its average."""
+    Some optimizers count there: timm's Lamb its steps, schedulefree the weights of its average.
+
+    Raises UserError where the optimizer keeps a number for each parameter: a checkpoint would lose it.
+    """
+    for name, value in (item for values in optimizer.state.values() for item in values.items()):
+        if type(value) in (int, float):
+            what = (
+                f"{type(optimizer).__name__} keeps `{name}` of each parameter as a number, which no checkpoint holds"
+            )
+            raise UserError(f"{what}. Take an optimizer that keeps tensors.")
     first, *others = [{name: _number(value) for name, value in group.items()} for group in optimizer.param_groups]
     alike = {name: value for name, value in first.items() if all(group.get(name) == value for group in others)}
     return {name: value for name, value in alike.items() if value is not None and name not in ("lr", "initial_lr")}

@@ -183,7 +183,7 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
     UserError where the batch does not divide among the processes.
     """
     seed, share = run_config.seed, data_parallel(accelerator)
-    train, held_out = sources = sources[0].first(images.train_images, seed), sources[1]
+    train, held_out = sources[0].first(images.train_images, seed), sources[1]
     batch = micro_batch_size(config, share[1])
     orders = (
         TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, train.blocks),
@@ -193,7 +193,7 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
         partial(training_view, min_crop_area=images.min_crop_area, horizontal_flip=images.horizontal_flip),
         partial(evaluation_view, eval_crop_ratio=images.eval_crop_ratio),
     )
-    parts = zip(sources, views, orders, strict=True)
+    parts = zip((train, held_out), views, orders, strict=True)
     return [Views(*part, images.image_size, seed, images.max_undecodable) for part in parts]
 
 

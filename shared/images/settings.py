@@ -20,7 +20,7 @@ class ImageConfig:
 
     _argument_group_name = "data"
     data: str = HfArg(default="digits", help="digits, fashion, a folder (class folders, tar shards, tables), or a CSV")
-    train_images: Natural = HfArg(default=0, help="train on as many images, drawn from the seed; 0 = all")
+    train_images: Natural = HfArg(default=0, help="training images to use, drawn from the seed; 0 = all")
     val_fraction: Annotated[float, Range(0, 0.9)] = HfArg(
         default=0.0, help="share of images held out, per class, where the data has no split"
     )

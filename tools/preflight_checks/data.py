@@ -27,10 +27,10 @@ def steps_per_epoch(plan: Plan, task: Task) -> int | None:
     if Path(images.data).exists() and not Path(images.data, "train/index.safetensors").exists():
         return None
     batch, seed = task.config.global_batch_size, task.run_config.seed
-    count = images.train_images or count_images(read, *images.source(seed))
-    return plan.shared("order").TrainingOrder(count, batch, batch, 0, 1, seed).steps_per_epoch
+    train = training_images(read, *images.source(seed)).first(images.train_images, seed)
+    return plan.shared("order").TrainingOrder(len(train), batch, batch, 0, 1, seed).steps_per_epoch
 
 
 @functools.cache
-def count_images(read: Callable, *source) -> int:
-    return len(read(*source)[0])
+def training_images(read: Callable, *source):
+    return read(*source)[0]
