@@ -8,7 +8,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a ResNet on tar shards that webdataset streams: each process reads its files from beginning to end.
 
-Base: resnet.py. Changes: Streams, places, Joined, read_streams, read_shards, shuffle, write_digits, build_loaders.
+Base: resnet.py. Changes: Streams, places, Joined, read_streams, read_shards, shuffle, write_digits, build_loaders,
+check.
 Longer than 250 lines: the readers, which keep a step's samples the same on any number of processes, are the lesson.
 
     python recipes/resnet_webdataset.py                                       # a laptop, the digits
@@ -274,8 +275,6 @@ def write_digits(folder):
 
 def build_loaders(accelerator, run_config, images, config):
     """Return the training and evaluation loaders of this process's share; samples depend on seed, step, streams."""
-    if images.train_images:
-        raise UserError("--train_images has no effect: streams read whole shards. Leave it out.")
     if images.data == "digits":
         folder = on_main_process(accelerator, make_once, cache_folder() / "digits-in-shards", write_digits)
         images = replace(images, data=str(folder))
@@ -354,6 +353,8 @@ def evaluate(accelerator, model, loader, run):
 
 def check(run_config, images, config, launch):
     """Raise UserError for settings that cannot work, before the processes connect."""
+    if images.train_images:
+        raise UserError("--train_images has no effect: streams read whole shards. Leave it out.")
     if config.sync_batch_norm and (not launch.on_gpu or config.norm != "batch"):
         raise UserError("--sync_batch_norm needs GPUs and --norm batch. Leave it out; --norm group needs no sync.")
     if images.image_size <= 16 and launch.precision == "bf16" and not launch.on_gpu:  # layer4 sees 1 x 1 pixels

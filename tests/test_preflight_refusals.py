@@ -39,6 +39,10 @@ TP = "--nodes 2 -A abc@h100 -- recipes/vit_tp.py"
         ),
         (f"h100 ddp {VIT} --global_batch_size 4096", "1437 training samples do not fill one global batch."),
         (f"h100 ddp {VIT} --train_images 100 --global_batch_size 128", "100 training samples do not fill one"),
+        (
+            "h100 ddp -A abc@h100 -- recipes/resnet_webdataset.py --train_images 9 --data digits",
+            "--train_images has no effect: streams read whole shards.",
+        ),
         (f"h100 ddp {VIT} --train_images 2000", "--train_images 2000 is more than the 1437 that there are."),
         (f"h100 tp {TP} --tensor_parallel_size 3", "3 does not fit into a node of 4 GPUs. Give a divisor of 4."),
         (f"h100 tp {TP} --tensor_parallel_size 8", "--tensor_parallel_size 8 does not fit into a node of 4 GPUs."),

@@ -182,9 +182,8 @@ def test_streams_name_and_replace_what_is_undecodable_alike_everywhere(photograp
         ("unequal", (1, 2), {"global_batch_size": 36}, "--num_streams 8 does not divide the 36 images"),
         ("unequal", (1, 2), {"gradient_accumulation_steps": 16}, "--num_streams 8 does not divide the 4 images"),
         ("folder", (1, 2), {}, "no tar shards.*tools/pack.py"),
-        ("unequal", (1, 2), {"train_images": 10}, "--train_images has no effect: streams read whole shards"),
     ],
 )
-def test_what_streams_cannot_do_is_refused(packed, unequal, kind, topology, flags, words):
+def test_streams_that_do_not_divide_are_refused(packed, unequal, kind, topology, flags, words):
     with pytest.raises(UserError, match=words):
         build("resnet_webdataset", {"unequal": unequal, **packed}[kind], 0, *topology, **flags)
