@@ -57,6 +57,7 @@ bench: setup  ## the benchmarks; each prints a table and writes benchmarks/resul
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/loaders.py
+	$(BIN)/python benchmarks/augmentation.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/checkpoint.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_configs/local_ddp.yaml --num_processes 2 benchmarks/allreduce.py

@@ -9,7 +9,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a ResNet on images that NVIDIA DALI decodes and resizes: on the GPU, or with its threads on a CPU.
 
-Base: resnet.py. Changes: Dali, build_loaders.
+Base: resnet.py. Changes: Dali, build_loaders, intact.
 
     python recipes/resnet_dali.py                                             # a laptop
     L="accelerate launch --config_file accelerate_configs/local_ddp.yaml"
@@ -22,10 +22,13 @@ DALI gets each batch's images in the order of resnet.py, from any storage, with 
 checkpoint's step. On a CPU an image's pixels differ from resnet.py's by less than 0.5 of 255 in the mean, or 5 where
 resnet.py decodes at a reduced size. All but intact, plain JPEGs go to its decoder, which names undecodable images.
 
+Longer than 250 lines: DALI would not notice a damaged image, so the recipe keeps such images from it.
+
 When: the GPU's decoders are idle and the CPU has few cores. Without a GPU it does not pay: 465 images/s per core at
 224 px, DALI with its own reader 497, resnet.py 1,165 (2 CPU cores, benchmarks/results/loaders_cpu2_2026-11-29.json).
 """
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,13 +46,15 @@ from shared.accelerator import build_accelerator, settle_buckets
 from shared.config import Fraction, NonNegative, Positive, RunConfig, parse
 from shared.errors import UserError, say
 from shared.images import ImageConfig, Loader, build_views, open_data
-from shared.images.decode import intact, plain_jpeg, render, scaled
+from shared.images.decode import plain_jpeg, render, scaled, segments
 from shared.launch import this_launch
 from shared.metrics import Evaluation
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups, zero_momentum
 from shared.run import Run
 
 FED = ("jpegs", "starts", "ends")  # each image's bytes, and (top, left) and (bottom, right) of its crop
+# A marker that cannot occur in compressed data: something else was written over a part of the file.
+STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
 MODELS = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -72,6 +77,12 @@ class Config:
     label_smoothing: Fraction = HfArg(default=0.1, help="probability mass spread over all classes")
     channels_last: bool = HfArg(default=False, help="NHWC layout in memory: for tensor cores")
     compile: bool = HfArg(default=False, help="torch.compile the model")
+
+
+def intact(image: bytes) -> bool:
+    """Return whether a JPEG may be decoded in part: it has its end, and no other file's bytes in its data."""
+    begin = max((end for *_, end in segments(image)), default=2)
+    return image.endswith(b"\xff\xd9") and not STRAY.search(image, begin)
 
 
 class Dali:

@@ -46,7 +46,6 @@ class Loader(Protocol):
     noted: Callable[[], str]  # set by the run, called while waiting for a batch: returns the reason to stop, or ""
     starting_at: Callable[[int], "Loader"]
     describe: Callable[[], Description]  # called once, by rank 0, before the first batch
-    compare: Callable[[dict], str]  # takes the previous config.json, returns a line on what differs, or ""
     check_rejected: Callable[[int, int], None]  # (rejected, samples): raises UserError where they are too many
 
     def __iter__(self) -> Iterator[Batch]: ...

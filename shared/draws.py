@@ -9,6 +9,7 @@ import hashlib
 import struct
 
 import numpy as np
+import torch
 
 
 def hash64(*numbers: int) -> int:
@@ -25,6 +26,11 @@ def random_bits(count: int, *key: int) -> np.ndarray:
 def uniforms(count: int, *key: int) -> np.ndarray:
     """Return `count` float64 in [0, 1) that are a function of the key alone."""
     return (random_bits(count, *key) >> np.uint64(11)) * 2.0**-53
+
+
+def seed_torch(*key: int) -> None:
+    """Seed torch's generator of the CPU, from which torchvision draws; call it under torch.random.fork_rng."""
+    torch.default_generator.manual_seed(hash64(*key))
 
 
 def augmentation_seed(seed: int, epoch: int, index: int) -> int:

@@ -29,11 +29,10 @@ def micro_batch_size(config, size: int) -> int:
     """
     batch, parts = config.global_batch_size, size * config.gradient_accumulation_steps
     if batch % parts:
-        near = (batch // parts * parts, -(-batch // parts) * parts)
+        near = " or ".join(str(value) for value in (batch // parts * parts, -(-batch // parts) * parts) if value)
         raise UserError(
             f"--global_batch_size {batch} does not divide by {size} data-parallel processes x "
-            f"{config.gradient_accumulation_steps} accumulation steps. "
-            f"Give {' or '.join(str(value) for value in near if value)}."
+            f"{config.gradient_accumulation_steps} accumulation steps. Give {near}."
         )
     return batch // parts
 
@@ -52,17 +51,19 @@ class TrainingOrder:
         seed: int,
         blocks: Blocks | None = None,
         weights: np.ndarray | None = None,
+        repeats: int = 1,
     ):
         """rank, size: as collectives.data_parallel returns them. weights: (samples,), of each sample in a step's
-        loss, such as its number of tokens; None is 1 each."""
+        loss, such as its number of tokens; None is 1 each. repeats: how often a step has each sample (Hoffer et al.,
+        arXiv:1901.09335), each time under an epoch number of its own, which decides its augmentation."""
         if samples < global_batch_size:
-            raise UserError(
-                f"{samples} training samples do not fill one global batch. "
-                f"Give --global_batch_size {samples} or less (it is {global_batch_size})."
-            )
+            remedy = f"Give --global_batch_size {samples} or less (it is {global_batch_size})."
+            raise UserError(f"{samples} training samples do not fill one global batch. {remedy}")
+        if global_batch_size % repeats:
+            raise UserError(f"--repeats {repeats} does not divide --global_batch_size {global_batch_size}. Change it.")
         self.samples, self.global_batch_size, self.micro_batch_size = samples, global_batch_size, micro_batch_size
-        self.share = global_batch_size // size
-        self.first = rank * self.share
+        self.repeats, self.different = repeats, global_batch_size // repeats  # samples of a step
+        self.share, self.first = global_batch_size // size, rank * (global_batch_size // size)
         self.seed, self.blocks, self.weights = seed, blocks, weights
         self.step = 0
         self.drawn: tuple[int, np.ndarray] | None = None  # the epoch and permutation that step_weight drew last
@@ -84,8 +85,8 @@ class TrainingOrder:
         epoch, number = divmod(step, self.steps_per_epoch)
         if self.drawn is None or self.drawn[0] != epoch:
             self.drawn = epoch, self.permutation(epoch)
-        begin = number * self.global_batch_size
-        return float(self.weights[self.drawn[1][begin : begin + self.global_batch_size]].sum())
+        samples = self.drawn[1][number * self.different : (number + 1) * self.different]
+        return float(self.weights[samples].sum()) * self.repeats
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.step % self.steps_per_epoch) * (self.share // self.micro_batch_size)
@@ -101,19 +102,18 @@ class TrainingOrder:
 
     def following(self, epoch: int, index: int) -> Iterator[int]:
         """Yield what may replace a rejected sample: those after it in the epoch's order, the same on any topology."""
-        permutation = self.permutation(epoch)
+        permutation = self.permutation(epoch // self.repeats)
         (place,) = np.flatnonzero(permutation == index)
         yield from np.roll(permutation, -place)[1:].tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
         permutation = self.permutation(epoch)
-        for begin in range(
-            step * self.global_batch_size, self.steps_per_epoch * self.global_batch_size, self.global_batch_size
-        ):
-            mine = permutation[begin + self.first : begin + self.first + self.share].tolist()
-            for offset in range(0, self.share, self.micro_batch_size):
-                yield [(epoch, index) for index in mine[offset : offset + self.micro_batch_size]]
+        for number in range(step, self.steps_per_epoch):
+            samples = permutation[number * self.different : (number + 1) * self.different].tolist()
+            for first in range(self.first, self.first + self.share, self.micro_batch_size):
+                places = (divmod(place, self.different) for place in range(first, first + self.micro_batch_size))
+                yield [(epoch * self.repeats + copy, samples[place]) for copy, place in places]
 
 
 class EvaluationOrder:

@@ -29,6 +29,7 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 sys.path.insert(0, str(ROOT))  # for `import shared`; the recipes themselves run in processes of their own
+sys.path.append(str(ROOT / "tools"))  # tools share recipe_file.py
 
 # A dozen small steps: enough for losses to differ where something is wrong. They lie within the default warmup, of
 # three epochs: at full rate the tenth loss would already amplify rounding a thousandfold.
@@ -169,7 +170,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 LONGEST = ("test_slurm", "test_strategies", "test_survival", "test_signals", "test_recipes", "test_loaders")
-LONGEST += ("test_training", "test_resume")
+LONGEST += ("test_augmentation", "test_training", "test_resume")
 
 
 @pytest.fixture(scope="session")

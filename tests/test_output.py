@@ -105,7 +105,7 @@ def test_tf32_by_torchs_own_switch_is_recorded_and_another_run(slow):
 
 def described(parts: tuple[Source, Source], image_size: int, steps: int | None = None) -> list[str]:
     """The opening lines, of batches of one image, but the last two, which say how many images and steps there are."""
-    data = [describe(SimpleNamespace(source=part, image_size=image_size), "pillow") for part in parts]
+    data = [describe(part, image_size, "pillow") for part in parts]
     position = SimpleNamespace(epoch_steps=len(parts[0]) if steps is None else steps, total_steps=0)
     summary = object.__new__(Summary)
     summary.accelerator, summary.position = SimpleNamespace(mesh=None), position

@@ -295,6 +295,7 @@ def test_the_loaders_sweep_counts_whole_rounds():
         ("communication", "--models demo --ranks 2 --strategies fsdp"),
         ("largest", "--sizes demo,Ti --cases whole --batch_size 4 --image_size 32"),
         ("loaders", "--images 80 --image_size 64 --rounds 1 --seconds 0.1 --num_workers 1"),
+        ("augmentation", "--images 32 --batch_size 8 --image_size 64 --rounds 1 --seconds 0.1"),
         ("index", "--samples 300 --shards 3 --repeats 1"),
         ("checkpoint", "--model resnet18 --rounds 1 --checks 1 --starts 0"),
         ("allreduce", "--largest 1 --rounds 2"),

@@ -228,13 +228,16 @@ def table() -> set[tuple[str, str]]:
 
 TABLE = table() - {("allreduce_pi", "ddp")}  # trains nothing; tests/test_recipes.py runs it
 CHECKED = {"no": {case[:2] for case in CASES.values()}, "bf16": {case[:2] for case in HALF.values()}}
+# tests/test_augmentation.py, test_race.py and test_large_batch.py launch these.
+CHECKED["no"] |= {("vit_augmentation", each) for each in ("ddp", "fsdp", "hsdp")}
+CHECKED["no"] |= {(f"resnet_{each}", "ddp") for each in ("augmentation", "race", "large_batch")}
 # Those that change resnet.py's loaders and leave its loop, where autocast is: resnet.py's own row covers them.
 HEADS = {name: (ROOT / f"recipes/{name}.py").read_text() for name, _ in TABLE if name.startswith("resnet_")}
 CHECKED["bf16"] |= {(name, "ddp") for name in HEADS if not re.search(r"Changes: .*train_one_epoch", HEADS[name])}
 # FSDP's and ZeRO's other stages, and TP's other topology, cast where the ones in HALF and below do.
 CHECKED["bf16"] |= {("vit", "hsdp"), ("vit_fsdp", "hsdp"), *(("vit", f"zero{stage}") for stage in (1, 3))}
 CHECKED["bf16"] |= {("vit", "zero3_offload"), ("vit_zero", "zero1"), ("vit_zero", "zero2")}
-CHECKED["bf16"] |= {("vit_tp", "fsdp")}
+CHECKED["bf16"] |= {("vit_tp", "fsdp"), ("vit_augmentation", "fsdp"), ("vit_augmentation", "hsdp")}
 LEFT = [(precision, *case) for precision, checked in CHECKED.items() for case in sorted(TABLE - checked)]
 
 

@@ -157,14 +157,18 @@ def test_the_norm_is_of_all_gradients_in_any_layout(layout):
         assert not clip_grad_norm(accelerator, model, 0).isfinite()
 
 
-# The pages that a tensor of 16 MiB, 4,096 pages, maps again after an equal one was freed.
+# The pages that eight tensors of 24 MiB, 49,152 pages, map again after equal ones were freed: the least of four times,
+# since small allocations between may take a part of what was freed.
 FAULTS = """
 import resource, torch, resnet
 resnet.build_accelerator(0, resnet.Config())
-for _ in range(2):
+faults = []
+for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**22)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    [torch.ones(6 * 2**20) for _ in range(8)]
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+print(min(faults[1:]))
 """
 
 
@@ -174,7 +178,7 @@ def test_memory_that_a_step_frees_stays_with_the_process(server, tmp_path):
     command = [*launch_command()[2:], tmp_path / "faults.py"]
     process = server.launch(command, env=environment())
     assert process.returncode == 0, process.stdout
-    assert int(process.stdout.split()[-1]) < 400
+    assert int(process.stdout.split()[-1]) < 8192, process.stdout
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 10])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loader's worker processes: the memory that they share, their ends, and waits for them, which have an end too."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -181,6 +182,16 @@ def test_a_worker_that_is_killed_is_one_line(packed, recipe, flags, monkeypatch)
     ) as raised:
         list(batches)
     assert raised.value.alone
+    shut_down()
+
+
+def shut_down() -> None:
+    """Shut the workers of all loaders down. The error's traceback and its frames are a cycle that keeps a loader: the
+    garbage collector may close its pipes first, and the loader, which shuts down later, closes those file descriptors
+    once more, which are other files by then (Python 3.11's Connection.__del__ keeps its handle)."""
+    for each in gc.get_objects():
+        if hasattr(type(each), "_shutdown_workers"):
+            each._shutdown_workers()
 
 
 # What they need

@@ -104,9 +104,6 @@ class TokenLoader:
         name = f"{random_bits(1, int(self.labels.sum()))[0]:x}"
         return Description("sequences", len(self.tokens), name, said, (f"sequences of {LENGTH} tokens",), {}, {})
 
-    def compare(self, former: dict) -> str:
-        return ""
-
     def check_rejected(self, rejected: int, samples: int) -> None:
         assert not rejected
 

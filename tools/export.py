@@ -3,6 +3,7 @@
 
     python tools/export.py runs/vit-1d2f3a4b weights                              # the newest complete checkpoint
     python tools/export.py runs/vit-1d2f3a4b weights --checkpoint step-00000308
+    python tools/export.py runs/vit-1d2f3a4b weights --ema                        # of a run with --ema_decay
 
 A network of transformers, such as the ViTs', becomes a folder for that library: for
 `ViTForImageClassification.from_pretrained("weights")`, or a recipe's `--pretrained weights`. Any other network becomes
@@ -15,7 +16,6 @@ beside the weights: without it they are not checked.
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -27,12 +27,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from recipe_file import as_user_errors, load_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTImageProcessor
 from transformers.utils import logging
 
-import shared
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
 from shared.config import SIZES, expand_home
 from shared.errors import UserError
@@ -60,7 +60,8 @@ def main(arguments: argparse.Namespace) -> None:
         # First: where the data is gone, nothing is written.
         opened = None if arguments.no_check else held_out(recipe, run, images, config, arguments.device)
         with beside(out) as folder:
-            network = write(folder, recipe, run, images, config, read_weights(checkpoint))
+            weights = read_average(checkpoint) if arguments.ema else read_weights(checkpoint)
+            network = write(folder, recipe, run, images, config, weights)
             make_readable(folder)
     print(f"written: {out}", flush=True)
     if opened:
@@ -123,31 +124,6 @@ def find_recipe(run: dict) -> Path:
     raise UserError(f"the run's recipe is gone: no {' and no '.join(map(str, places))}. Put it back.")
 
 
-def load_recipe(path: Path) -> ModuleType:
-    """Import the recipe as a module. Its folder comes first, as in `python RECIPE`: it may have a `shared` of its
-    own."""
-    sys.path.insert(0, str(path.parent))
-    own = path.parent / "shared"
-    if own.is_dir() and own.resolve() != Path(shared.__file__).resolve().parent:
-        for name in [name for name in sys.modules if name.split(".")[0] == "shared"]:
-            del sys.modules[name]  # this file keeps what it has imported
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = recipe  # a dataclass looks its module up
-    spec.loader.exec_module(recipe)
-    return recipe
-
-
-@contextlib.contextmanager
-def as_user_errors(recipe: ModuleType) -> Iterator[None]:
-    """Turn a UserError of the recipe's own `shared` into one of ours."""
-    theirs = sys.modules[recipe.parse.__module__].UserError
-    try:
-        yield
-    except theirs as error:
-        raise UserError(str(error)) from error
-
-
 def recipe_config(recipe: ModuleType, run: dict):
     """Return the recipe's Config for one process, with batches as large as those of one process of the run."""
     config = dataclasses.replace(known(recipe.Config, run["config"]), **fields(recipe.Config, ALONE))
@@ -179,6 +155,21 @@ def held_out(recipe: ModuleType, run: dict, images, config, device: str) -> tupl
 
 
 # Writing
+
+
+def read_average(checkpoint: Path) -> dict[str, Tensor]:
+    """Return name -> average of a checkpoint's weights and of batch norm's statistics, as models/ema.py keeps them:
+    fc.weight.ema, bn1.weight.ema_running_mean. Buffers without an average are the run's own."""
+    moments, averages = read_weights(checkpoint, "optimizer.state."), {}
+    for name, tensor in moments.items():
+        parameter, _, key = name.rpartition(".")
+        if key == "ema":
+            averages[parameter] = tensor
+        elif key.startswith("ema_"):
+            averages[f"{parameter.removesuffix('weight')}{key.removeprefix('ema_')}"] = tensor
+    if not averages:
+        raise UserError(f"{checkpoint} has no average of the weights. Leave --ema out, or train with --ema_decay.")
+    return read_weights(checkpoint) | averages
 
 
 def write(
@@ -270,10 +261,11 @@ def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, ar
             result = evaluate(recipe, accelerator, network(out), loader, images)
     except UserError as error:
         raise UserError(f"{error} {out} is complete, but not checked.") from error
-    expected = read_manifest(checkpoint).get("accuracy")
+    expected = read_manifest(checkpoint).get("ema_accuracy" if arguments.ema else "accuracy")
     agrees = compare(result, expected, checkpoint, images, total)
-    record = {"checkpoint": str(checkpoint), "device": str(accelerator.device), "held_out_images": total}
-    write_json(out / "check.json", record | result | {"accuracy_of_the_run": expected, "agrees": agrees})
+    record = {"checkpoint": str(checkpoint), "averaged": arguments.ema, "device": str(accelerator.device)}
+    record |= {"held_out_images": total, **result, "accuracy_of_the_run": expected, "agrees": agrees}
+    write_json(out / "check.json", record)
     if agrees is False:
         files = " and ".join(str(out / name) for name in ("config.json", "*.safetensors"))
         raise UserError(
@@ -322,6 +314,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--checkpoint", metavar="step-XXXXXXXX", help="instead of the newest whole one")
     parser.add_argument("--data", help="where the run's data lies now, if it was moved")
+    parser.add_argument("--ema", action="store_true", help="the average that --ema_decay keeps, not the last weights")
     parser.add_argument("--no_check", action="store_true", help="write the weights, and evaluate nothing")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate N images, evenly spaced (all)")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,7 +27,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -50,7 +50,7 @@ from shared.images.index import NAME as INDEX
 from shared.images.index import Index
 from shared.images.shards import members_of_tar
 from shared.images.sources import index_of_images, train_and_held_out
-from shared.images.tree import read_layout, tree_of_names, with_slashes
+from shared.images.tree import Tree, is_hidden, read_layout, with_slashes
 from shared.lifetime import begin, die_with_parent
 from shared.run.folder import LOCK_SECONDS
 
@@ -98,6 +98,19 @@ def open_source(name: str, val_fraction: float, *columns: str) -> tuple[Source, 
         if path.suffix.lower() in ARCHIVES and path.is_file():
             return from_archive(path, Path(name).relative_to(path), val_fraction)
     return open_data(name, val_fraction, 0, 0, *columns)
+
+
+def tree_of_names(names: Iterable[str]) -> Tree:
+    """Return the folders and files of an archive; a name that ends in a slash is a folder's."""
+    tree = {"": []}
+    for name in names:
+        *folders, file = name.split("/")
+        if any(is_hidden(part) for part in (*folders, file)):
+            continue
+        for depth in range(len(folders)):
+            tree.setdefault("/".join(folders[: depth + 1]), [])
+        tree["/".join(folders)] += [file] if file else []
+    return {folder: sorted(files) for folder, files in sorted(tree.items())}
 
 
 def from_archive(path: Path, inner: Path, val_fraction: float) -> tuple[Source, Source]:

@@ -91,10 +91,10 @@ def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text())
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return plain name -> whole weight or buffer, on the CPU, whatever strategy wrote it; DeepSpeed's are in fp32."""
-    reader, part = TensorReader(path), "model."
-    entries = reader.read_metadata().state_dict_metadata
+def read_weights(path: Path, part: str = "model.") -> dict[str, Tensor]:
+    """Return plain name -> whole weight or buffer, on the CPU, whatever strategy wrote it; DeepSpeed's are in fp32.
+    part: what to read; `optimizer.state.` has names such as fc.weight.exp_avg."""
+    entries = (reader := TensorReader(path)).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()

@@ -68,9 +68,9 @@ def plain_names(weights: dict, moments: dict) -> dict[str, Tensor]:
 def own_share(tensors: dict[str, Tensor], model: nn.Module, rank: int, size: int) -> dict[str, Tensor]:
     """Return the tensors that this data-parallel process writes: its shards, and its share of what all of them hold.
 
-    Rank 0 writes the buffers: batch norm's statistics differ until DDP's next forward broadcasts rank 0's.
+    Rank 0 writes buffers and their averages (models/ema.py): they differ until DDP's next forward broadcasts rank 0's.
     """
-    buffers = set(plain_names(dict(model.named_buffers()), {}))
+    buffers = {*plain_names(dict(model.named_buffers()), {}), *(each for each in tensors if ".ema_running_" in each)}
     loads, mine = [0] * size, {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
         writer = rank if isinstance(tensor, DTensor) else 0 if name in buffers else loads.index(min(loads))

@@ -12,7 +12,6 @@ are kept. Of an animation only the first picture is used.
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from types import ModuleType
@@ -28,9 +27,6 @@ from .native import libjpeg_version, library
 
 # PIL's names. Its other readers run programs (EPS) or are seldom used. JPEG includes MPO.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "WEBP", "TIFF")
-END_OF_IMAGE = b"\xff\xd9"
-# A marker that cannot occur in compressed data: something else was written over a part of the file.
-STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
 MOST_PIXELS = 100_000_000  # of one image: a larger one is taken for a decompression bomb
 METHODS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 PIXELS = {"I": "signed or 32-bit integers (PIL's mode I)", "F": "floating-point numbers (PIL's mode F)"}
@@ -166,12 +162,6 @@ def segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
         yield marker, begin, place
         if marker == 0xDA:
             return
-
-
-def intact(image: bytes) -> bool:
-    """Return whether a JPEG may be decoded in part: it has its end, and no other file's bytes in its data."""
-    begin = max((end for *_, end in segments(image)), default=2)
-    return image.endswith(END_OF_IMAGE) and not STRAY.search(image, begin)
 
 
 # Orientation

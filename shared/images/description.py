@@ -1,29 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describe a run's images, in the lines with which the run begins."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ..contracts import Description
 from .decode import opened
 from .sources import Source
 
-if TYPE_CHECKING:  # loader.py imports this module
-    from .loader import Views
-
 LOOKED_AT = 16  # images of each part, evenly spaced, whose headers tell sizes
 USUAL = 224  # pixels: ImageNet's convention
 FAR = 4  # times larger than what the network sees: most of an image is lost, or decoded for nothing
 
 
-def describe(views: "Views", decoder: str | None) -> Description:
-    """Return the description of one part of a run's images.
+def describe(source: Source, size: int, decoder: str | None) -> Description:
+    """Return the description of one part of a run's images, which the network sees with `size` pixels a side.
 
     Sizes are width x height in pixels, from the smallest to the largest of the images looked at; undecodable ones have
     none.
     """
-    source, size = views.source, views.image_size
     sizes = _sizes(source)
     return Description(
         unit="images",

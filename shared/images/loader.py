@@ -33,6 +33,7 @@ from ..launch import rank
 from ..lifetime import end_workers, ignore_signals, one_line
 from ..metrics import IGNORED
 from ..order import EvaluationOrder, TrainingOrder, micro_batch_size
+from .augment import augment
 from .decode import View, decoder, render
 from .description import describe
 from .native import library
@@ -65,6 +66,7 @@ class Batch(NamedTuple):
     indices: Tensor = torch.empty(0, dtype=torch.int64)  # (B,): which samples these are, on the host; -1 is none
     step_weight: float = 0.0  # W: images of the global step, each of weight 1 (contracts.py)
     parts: int = 1  # micro-batches of the global step, on all data-parallel processes
+    keys: Tensor = torch.empty(0, dtype=torch.int64)  # seeds, on the host
 
 
 class _Whole(Batch):
@@ -184,9 +186,9 @@ def build_views(accelerator: Accelerator, run_config: RunConfig, images: ImageCo
     """
     seed, share = run_config.seed, data_parallel(accelerator)
     train, held_out = sources[0].first(images.train_images, seed), sources[1]
-    batch = micro_batch_size(config, share[1])
+    batch, repeats = micro_batch_size(config, share[1]), getattr(images, "repeats", 1)
     orders = (
-        TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, train.blocks),
+        TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, train.blocks, repeats=repeats),
         EvaluationOrder(len(held_out), batch, *share),
     )
     views = (
@@ -413,15 +415,16 @@ class Loader:
         memory_format: torch.memory_format = torch.contiguous_format,
         statistics: tuple[list[float], list[float]] | None = None,
         read: Callable[[Views, int, torch.device], Iterable[Batch]] = WorkerLoader,
+        augmentation: str = "none",
     ):
         """statistics: mean and standard deviation of each channel, in [0, 255]; None: ImageNet's. read: makes the
-        host batches; each pass over what it returns begins at `dataset.order.step`."""
+        host batches; each pass over what it returns begins at `dataset.order.step`. augmentation: see augment.py."""
         library()  # before workers are forked
         self.dataset, self.order, self.device, self.memory_format = dataset, dataset.order, device, memory_format
         self.mean, self.std = (
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in statistics or (MEAN, STD)
         )
-        self.batches = read(dataset, num_workers, device)
+        self.batches, self.augmentation = read(dataset, num_workers, device), augmentation
         self.decoder = getattr(self.batches, "decoder", decoder())  # for the run's record
         self.noted: Callable[[], str] = str  # returns why the run is to stop; a Run sets it
 
@@ -463,13 +466,7 @@ class Loader:
         return torch.zeros(1, 3, size, size, device=self.device)
 
     def describe(self) -> Description:
-        return describe(self.dataset, self.decoder)
-
-    def compare(self, former: dict) -> str:
-        """Return a warning where a previous start's config.json names another decoder, or an empty string."""
-        was = former.get("decoder", self.decoder)
-        same = "" if "DALI" in (was, self.decoder) else "; their pixels are the same"
-        return "" if was == self.decoder else f"warning: images were decoded by {was}, now by {self.decoder}{same}"
+        return describe(self.dataset.source, self.dataset.image_size, self.decoder)
 
     def check_rejected(self, rejected: int, samples: int) -> None:
         """Raise UserError where more than the share max_undecodable of the images was rejected."""
@@ -485,7 +482,10 @@ class Loader:
         images = images.permute(0, 3, 1, 2)
         if self.device.type == "cuda" or batch.mirrored.any():  # on a GPU the test itself would wait
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        if self.augmentation != "none":
+            images = augment(images, batch.seeds.tolist(), self.augmentation)
         # (B, H, W, 3) seen as (B, 3, H, W) is channels-last already: that layout costs no copy.
         images = images.to(torch.float32, memory_format=self.memory_format)
         images = images.sub_(self.mean).div_(self.std)
-        return batch._replace(images=images, labels=labels, valid=valid, seeds=seeds, mirrored=mirrored)
+        moved = {"images": images, "labels": labels, "valid": valid, "seeds": seeds, "mirrored": mirrored}
+        return batch._replace(**moved, keys=batch.seeds)

@@ -187,7 +187,10 @@ def scan(folder: Path) -> Index:
     try:
         tree, states, notes = tree_of_folder(folder)
         layout = read_layout(tree, str(folder))
-        index = INDEX_OF[layout.kind](layout.parts, folder)
+        if layout.kind == "tables":  # which have rows of their own
+            index = Index(np.zeros(0, "S1"), np.zeros(0, np.int64), [], tables=layout.parts)
+        else:
+            index = (index_of_images if layout.kind == "images" else shards.scan)(layout.parts, folder)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}. Fix or remove it.") from error
     notes += layout.notes + (index.notes or [])
@@ -206,13 +209,6 @@ def index_of_images(parts: dict[str, dict[str, list[str]]], where: Path) -> Inde
             labels += [label] * len(files)
         counts[name] = [len(names) - before, 0]
     return Index(np.array(names), np.array(labels, dtype=np.int64), classes, parts=counts)
-
-
-def _index_of_tables(parts: dict[str, list[str]], where: Path) -> Index:
-    return Index(np.zeros(0, "S1"), np.zeros(0, np.int64), [], tables=parts)
-
-
-INDEX_OF = {"images": index_of_images, "tar shards": shards.scan, "tables": _index_of_tables}
 
 
 def _from_tables(folder: Path, part: str, files: list[str], columns: tuple[str, ...]) -> Source:

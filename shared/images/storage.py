@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read any image by its number: from memory, files, tar shards or a table."""
 
+import functools
 import os
 from typing import Protocol
 
@@ -58,17 +59,6 @@ class Files:
         return Files(self.folder, self.names[numbers])
 
 
-class Descriptor:
-    """A file open for reading, closed when nothing refers to it any more."""
-
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self):
-        if hasattr(self, "number"):  # unless opening failed
-            os.close(self.number)
-
-
 def open_shards() -> int:
     """Return how many shards one source keeps open: a quarter of the files that this process may open, since there
     are a training and a held-out part, and other files."""
@@ -80,31 +70,21 @@ class Members:
 
     def __init__(self, folder: str, index: Index):
         self.folder, self.index = folder, index
-        self.files: dict[int, Descriptor] = {}  # the most recently used is last
-        self.most = open_shards()
+        opener = functools.partial(open, mode="rb", buffering=0)
+        self.opened = functools.lru_cache(open_shards())(lambda name: opener(os.path.join(folder, name)))
+
+    def __reduce__(self) -> tuple:
+        return Members, (self.folder, self.index)  # another process has no such open files
 
     def __getitem__(self, number: int) -> bytes:
         index = self.index
         length = int(index.length[number])
-        # Held until all is read: another thread may drop the file from `files` meanwhile.
-        file = self._open(int(index.shard[number]))
-        data = os.pread(file.number, length, int(index.offset[number]))
+        # Closed when neither this nor the cache refers to it. Reads name their position: threads may share it.
+        file = self.opened(index.shards[index.shard[number]])
+        data = os.pread(file.fileno(), length, int(index.offset[number]))
         if len(data) < length:
             raise OSError(f"the shard ends {length - len(data)} bytes too early")
         return data
-
-    def _open(self, shard: int) -> Descriptor:
-        """Return an open shard. Reads name their position: threads and forked processes may share it. No lock,
-        which a fork might inherit locked: each line is atomic, and at worst two threads open the same file."""
-        file = self.files.pop(shard, None) or Descriptor(os.path.join(self.folder, self.index.shards[shard]))
-        if len(self.files) >= self.most:
-            for oldest in list(self.files)[:1]:
-                self.files.pop(oldest, None)
-        self.files[shard] = file
-        return file
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"files": {}}  # another process has no such descriptors
 
     def name(self, number: int) -> str:
         shard = self.index.shards[self.index.shard[number]]

@@ -77,11 +77,8 @@ def read_columns(rows, where: str, image_column: str = "", label_column: str = "
     image = choose_column(rows.features, datasets.Image, image_column, "--image_column", where)
     label = choose_column(rows.features, datasets.ClassLabel, label_column, "--label_column", where)
     table, classes = rows.data.table, rows.features[label].names
-    return (
-        Rows(table[image], where),
-        class_numbers(table[label], len(classes), f"{where}: the column {label}"),
-        classes,
-    )
+    labels = np.asarray(table[label].fill_null(-1), dtype=np.int64)  # -1: null, or no number of a class
+    return Rows(table[image], where), np.where((labels >= 0) & (labels < len(classes)), labels, -1), classes
 
 
 def choose_column(features: dict, kind: type, wanted: str, flag: str, where: str) -> str:
@@ -111,9 +108,3 @@ def _said(feature) -> str:
 
 def _cast(kind: type) -> str:
     return f"Write the table again with that column as {kind.__name__}: `datasets.Dataset.cast_column`."
-
-
-def class_numbers(column, count: int, where: str) -> np.ndarray:
-    """Return a pyarrow column of labels as (N,) int64; -1 where it is null or names none of the `count` classes."""
-    labels = np.asarray(column.fill_null(-1), dtype=np.int64)
-    return np.where((labels >= 0) & (labels < count), labels, -1)

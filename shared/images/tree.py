@@ -8,7 +8,6 @@ The parts' names are Hugging Face's (datasets/data_files.py); as there, a folder
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,19 +77,6 @@ def _identity(state: os.stat_result) -> tuple[int, int]:
 
 def state_of(state: os.stat_result) -> list[int]:
     return [state.st_size, state.st_mtime_ns]
-
-
-def tree_of_names(names: Iterable[str]) -> Tree:
-    """Return the folders and files of an archive; a name that ends in a slash is a folder's."""
-    tree = {"": []}
-    for name in names:
-        *folders, file = name.split("/")
-        if any(is_hidden(part) for part in (*folders, file)):
-            continue
-        for depth in range(len(folders)):
-            tree.setdefault("/".join(folders[: depth + 1]), [])
-        tree["/".join(folders)] += [file] if file else []
-    return {folder: sorted(files) for folder, files in sorted(tree.items())}
 
 
 def with_slashes(names: list[str]) -> list[str]:

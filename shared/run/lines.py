@@ -70,8 +70,10 @@ class Lines:
 
     def measured_at(self, step: int) -> dict:
         """Return the evaluation's part of the manifest of this step's checkpoint."""
-        value = self.evaluation.get(self.metric.name) if self.evaluation.get("step") == step else None
-        return {self.metric.name: value, "metric": self.metric.name, "higher_is_better": self.metric.higher_is_better}
+        measured, name = self.evaluation if self.evaluation.get("step") == step else {}, self.metric.name
+        averaged = {key: value for key, value in measured.items() if key.startswith("ema_")}
+        values = {name: measured.get(name), "metric": name, "higher_is_better": self.metric.higher_is_better}
+        return values | averaged
 
     def resume(self, lines: list[dict]) -> None:
         """Take the last evaluation from a previous start's lines."""

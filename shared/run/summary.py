@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from ..checkpoint.origin import source, versions
 from ..collectives import data_parallel
 from ..contracts import Description
-from ..errors import say
 from ..files import write_json
 from ..launch import launcher_variables, strategy
 from .folder import Claim, Folder, read_json
@@ -52,8 +51,6 @@ class Summary:
 
     def begin(self, configs: tuple, identity: dict, record: dict) -> None:
         """Write config.json and summary.json, on rank 0, before the first step. record: the loader's values for it."""
-        if line := self.lines.loader.compare(read_json(self.files.path / "config.json")):
-            say(line, sys.stderr)
         names = ("run_config", "data_config", "config")
         values = {"identity": identity} | {name: vars(one) for name, one in zip(names, configs, strict=True)}
         values |= _environment(self.accelerator) | {"steps_per_epoch": self.position.epoch_steps} | record
