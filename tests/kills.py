@@ -18,7 +18,7 @@ from shared.checkpoint import checkpoints, damage, read_manifest
 
 VICTIMS = ("one worker", "all workers", "launcher")
 AT = ("start", "step", "step", "tmp-*", "tmp-*/tensors-*", "tmp-*/manifest.json")  # half of them in a save
-STEPS = 5  # that a start may make, at most, before a kill that is not aimed at a save
+STEPS = 5  # that a start may make, at most, before a kill that is not aimed at a save, and within a pause
 BEGINS = "batch: "  # what a run says when the folder is its own
 MOST_SECONDS = 300  # of one start
 
@@ -58,15 +58,15 @@ def kill_once(server: Server, words: list[str], folder: Path, victim: str, at: s
     wanted = lines + chance.randint(1, STEPS)
     launch = server.start(words)
     if at == "start":
-        time.sleep(chance.uniform(0, 2))
+        pause(chance.uniform(0, 2), folder, lines, launch)
     elif at == "step":
         # Until then the workers of a launcher that was killed may hold the folder, and write.
         wait_for(lambda: launch.ended or BEGINS in launch.output.read_text(), launch)
         wait_for(lambda: launch.ended or steps(folder) >= wanted, launch)
-        time.sleep(chance.uniform(0, 0.1))
+        pause(chance.uniform(0, 0.1), folder, wanted, launch)
     else:
         wait_for(lambda: launch.ended or set((folder / "checkpoints").glob(at)) - before, launch)
-        time.sleep(chance.choice((0, chance.uniform(0, 0.05), chance.uniform(0, 0.4))))
+        pause(chance.choice((0, chance.uniform(0, 0.05), chance.uniform(0, 0.4))), folder, steps(folder), launch)
     if launch.ended:
         return False
     workers = launch.workers
@@ -74,6 +74,12 @@ def kill_once(server: Server, words: list[str], folder: Path, victim: str, at: s
     launch.kill(pids or [launch.pid])
     launch.wait()
     return True
+
+
+def pause(seconds: float, folder: Path, step: int, launch: Launch) -> None:
+    """Sleep, but not for more than STEPS steps after this one: a fast machine would end the run meanwhile."""
+    end = time.monotonic() + seconds
+    wait_for(lambda: launch.ended or time.monotonic() >= end or steps(folder) >= step + STEPS, launch)
 
 
 def kill_often(
