@@ -5,7 +5,8 @@
     python benchmarks/accuracy.py --vary "--norm batch" --vary "--norm group" --target 0.97 --output norms
 
 Runs the plain public command once per seed, and writes benchmarks/results/accuracy_<recipe>_<hardware>_<date>.json.
-Each --vary is a set of flags; all sets train with the same seeds, in turn.
+Each --vary is a set of flags; all sets train with the same seeds, in turn. `seconds` are the run's own, of training
+and evaluations; `wall_seconds` and `seconds_to_target` count from the command, with imports and compilation.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from report import ROOT, median_and_spread, table, write
@@ -21,7 +23,7 @@ from report import ROOT, median_and_spread, table, write
 from shared.lifetime import die_with_parent
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/local_ddp.yaml"]
-FIGURES = ("accuracy", "seconds", "samples_per_second", "peak_memory_bytes")
+FIGURES = ("accuracy", "seconds", "samples_per_second", "peak_memory_bytes")  # of summary.json
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
             words = [*flags, *shlex.split(each.get("vary", ""))]
             runs.append(each | train(arguments.recipe, seed, words, arguments.target))
     more = {} if arguments.target is None else {"target": arguments.target}
-    figures = (*FIGURES, "steps_to_target") if more else FIGURES
+    figures = (*FIGURES, "wall_seconds", *(("steps_to_target", "seconds_to_target") if more else ()))
     rows = [
         each | {"figure": name} | spread([run[name] for run in runs if each.items() <= run.items() and name in run])
         for each in sets
@@ -58,16 +60,36 @@ def spread(values: list[float | None]) -> dict:
 
 
 def train(recipe: str, seed: int, flags: list[str], target: float | None) -> dict:
-    """Return the summary of one run, with its steps to the target, if there is one."""
+    """Return the summary of one run, with its steps and seconds to the target, if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *LAUNCH, f"recipes/{recipe}.py", *flags]
-        words = [*command, "--seed", str(seed), "--output_dir", f"{folder}/run"]
-        subprocess.run(words, cwd=ROOT, check=True, preexec_fn=die_with_parent)
-        summary = json.loads(Path(folder, "run", "summary.json").read_text())
-        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    run = {"seed": seed} | {name: summary[name] for name in (*FIGURES, "steps", "world_size")}
+        words, path = [*command, "--seed", str(seed), "--output_dir", f"{folder}/run"], Path(folder, "run")
+        begin, reached = time.perf_counter(), None
+        process = subprocess.Popen(words, cwd=ROOT, preexec_fn=die_with_parent)
+        while process.poll() is None:
+            time.sleep(0.1)
+            if target and not reached and steps_to(target, lines_of(path)):
+                reached = time.perf_counter() - begin
+        wall = time.perf_counter() - begin
+        if process.returncode:
+            sys.exit(process.returncode)
+        summary, lines = json.loads((path / "summary.json").read_text()), lines_of(path)
+    run = {"seed": seed} | {name: summary[name] for name in (*FIGURES, "steps", "world_size")} | {"wall_seconds": wall}
     run |= {name: value for line in lines for name, value in line.items() if name == "ema_accuracy"}  # the last one
-    return run if target is None else run | {"steps_to_target": steps_to(target, lines)}
+    if target is not None:
+        steps = steps_to(target, lines)
+        run |= {"steps_to_target": steps, "seconds_to_target": steps and (reached or wall)}
+    return run
+
+
+def lines_of(path: Path) -> list[dict]:
+    """Return the whole lines of a run's metrics.jsonl."""
+    file = path / "metrics.jsonl"
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]
+        if file.exists()
+        else []
+    )
 
 
 def steps_to(target: float, lines: list[dict]) -> int | None:
