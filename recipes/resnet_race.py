@@ -26,8 +26,8 @@ any number of processes.
 Longer than 250 lines: the plan is made by real steps of the training, which are written out.
 
 When: the time is given, and the accuracy is what you want to know. On 4,000 garments, images of 12 to 20 pixels, 2 CPU
-cores, three seeds: 70.6 % top-1 within half a minute, 76.9 within 1, 79.9 within 2, of which training and evaluations
-took 16, 53 and 108 s (benchmarks/results/accuracy_resnet_race_cpu2_2026-11-30.json).
+cores, three seeds: 78.3 % top-1 within 1 minute, 82.0 within 2, 84.7 within 4; the whole commands took 55, 117 and
+238 s (benchmarks/results/accuracy_resnet_race_cpu2_2026-12-01.json).
 """
 
 import itertools
