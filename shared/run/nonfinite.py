@@ -95,7 +95,7 @@ class NonFinite:
             f"step {step.number} has the losses {', '.join(guilty[0]['losses'])} and the gradient norm {norm}, "
             f"from samples {', '.join(map(str, samples[:16]))}{', ...' if len(samples) > 16 else ''} "
             f"(all in {record}). The last good checkpoint is {self.files.newest_checkpoint or 'none'}. Lower "
-            "--learning_rate, look at these samples, or give --on_nonfinite skip."
+            "the learning rate, look at these samples, or give --on_nonfinite skip."
         )
 
 
