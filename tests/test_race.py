@@ -74,10 +74,11 @@ def test_a_resumed_race_keeps_its_plan_on_other_processes(server, planned):
 
 
 def test_given_its_plan_a_race_is_the_same_on_any_topology(server, tmp_path):
-    flags = ["--epochs", "3", "--warmup_epochs", "1", "--mixup_alpha", "0.2"]
+    # A rate at which the loss falls: at the default one it rises to 16, and rounding grows with it.
+    flags = ["--epochs", "3", "--warmup_epochs", "1", "--mixup_alpha", "0.2", "--learning_rate", "0.005"]
     one = raced(server, tmp_path / "1", *flags)
     two = raced(server, tmp_path / "2", *flags, "--gradient_accumulation_steps", "2", num_processes=2)
-    np.testing.assert_allclose(two.series("loss"), one.series("loss"), rtol=1e-4)
+    np.testing.assert_allclose(two.series("loss"), one.series("loss"), rtol=1e-5)
     assert two.series("samples_digest") == one.series("samples_digest")
     assert two.series("accuracy") == pytest.approx(one.series("accuracy"), abs=1.5 / 360)
 
