@@ -145,10 +145,9 @@ def _read_lines(path: Path, name: str, left_out: dict) -> Iterator[Document]:
 def _read_table(path: Path, name: str, left_out: dict) -> Iterator[Document]:
     import pyarrow.parquet as pq
 
-    number = 0
-    for batch in pq.ParquetFile(path).iter_batches():
-        for number, values in enumerate(batch.to_pylist(), number + 1):  # noqa: B020, counts over all batches
-            yield _document(f"{name}:{number}", values, path)
+    rows = (row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+    for number, values in enumerate(rows, 1):
+        yield _document(f"{name}:{number}", values, path)
 
 
 def _document(name: str, values: dict, path: Path) -> Document:
