@@ -31,6 +31,7 @@ smoke: setup  ## two real steps of every recipe on this machine's GPU, else its 
 	$(BIN)/python tools/smoke.py $(RECIPE)
 
 test: setup lint  ## the whole suite; of its four processes one mostly waits for Slurm
+	$(BIN)/python tests/extensions.py >/dev/null
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-quick: setup lint  ## units and one launch of each family, for the inner loop
@@ -42,6 +43,7 @@ test-oldest: setup  ## two steps of every recipe with the oldest versions of pyp
 	.venv-oldest/bin/python benchmarks/oldest.py
 
 golden: setup  ## record tests/golden again, after a change that is meant to move the loss curves
+	$(BIN)/python tests/extensions.py >/dev/null
 	RECORD_GOLDEN=1 $(BIN)/python -m pytest -m golden --numprocesses 2 --dist loadfile
 
 soak: setup  ## 500 kills of runs that resume (KILLS=50 for fewer); writes benchmarks/results/

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the real command lines, each made once a session and looked at by several tests."""
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -176,21 +174,6 @@ LONGEST += ("test_augmentation", "test_training", "test_resume")
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def deepspeeds_parts(worker_id, pytestconfig) -> Iterator[None]:
-    """Build them in the background while other tests run."""
-    if worker_id != "gw0" or pytestconfig.getoption("--quick"):
-        yield
-        return
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, extensions.__file__]
-    process = subprocess.Popen(command, env=environment(), start_new_session=True, **quiet)
-    yield
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,12 @@ compiles what the other one made, for its headers lie elsewhere.
 """
 
 import hashlib
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from filelock import FileLock
 
 BUILDERS = ("ShareMemCommBuilder", "CPUAdamBuilder")
 
@@ -22,13 +25,18 @@ def folder() -> str:
 
 
 def main() -> None:
-    """Torch locks each part's folder: a launch that needs it meanwhile waits."""
+    """Make them with the whole machine, before the suite: beside it the compiler took up to 28 minutes, for which
+    launches that need the parts waited in vain."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder()
     from deepspeed.accelerator import get_accelerator
 
-    for name in BUILDERS:
-        builder = get_accelerator().create_op_builder(name)
-        if builder.is_compatible(verbose=False):
-            builder.load()
+    with FileLock(f"{folder()}.lock"):
+        for lock in Path(folder()).glob("*/lock"):
+            lock.unlink()  # of a compiler that was killed: torch waits for it for ever
+        for name in BUILDERS:
+            builder = get_accelerator().create_op_builder(name)
+            if builder.is_compatible(verbose=False):
+                builder.load()
 
 
 if __name__ == "__main__":

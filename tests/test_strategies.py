@@ -45,7 +45,6 @@ CASES = {
     "pp 2, 1f1b": ("vit_pp", "pp", 2, []),
     "pp 2 x ddp 2": ("vit_pp", "pp", 4, ["--pipeline_chunks", "4", "--gradient_accumulation_steps", "2"]),
     "pp 2 x ddp 2, gpipe": ("vit_pp", "pp", 4, ["--pipeline_schedule", "gpipe"]),
-    # Last, because tests/extensions.py compiles DeepSpeed's parts while the others run.
     "zero1 2": ("vit", "zero1", 2, []),
     "zero2 2, accumulation 2": ("vit", "zero2", 2, ["--gradient_accumulation_steps", "2"]),
     "zero3 2": ("vit", "zero3", 2, []),

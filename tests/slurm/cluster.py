@@ -48,7 +48,7 @@ GresTypes=gpu
 JobSubmitPlugins=lua
 ReturnToService=2
 SlurmdTimeout=30
-KillWait=30
+KillWait=120
 OverTimeLimit=3
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2
