@@ -43,16 +43,8 @@ from shared.images import ImageConfig, Loader, build_views, open_data
 from shared.images.settings import Part
 from shared.launch import this_launch
 from shared.metrics import Evaluation
-from shared.models.vit import (
-    Rate,
-    VisionTransformer,
-    find_pretrained,
-    init_weights,
-    load_pretrained,
-    network_sizes,
-    pixel_statistics,
-    vit_config,
-)
+from shared.models.vit import Rate, VisionTransformer, load_pretrained, network_sizes, pixel_statistics, vit_config
+from shared.models.weights import find_pretrained, init_weights
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.run import Run
 

@@ -47,14 +47,13 @@ from shared.metrics import Evaluation
 from shared.models.vit import (
     Rate,
     VisionTransformer,
-    find_pretrained,
-    init_weights,
     load_pretrained,
     network_sizes,
     pixel_statistics,
     run_blocks,
     vit_config,
 )
+from shared.models.weights import find_pretrained, init_weights
 from shared.optim import build_scheduler, parameter_groups
 from shared.run import Run
 

@@ -45,7 +45,8 @@ from shared.images import ImageConfig, Loader, build_views, open_data
 from shared.images.settings import Part
 from shared.launch import this_launch
 from shared.metrics import Evaluation
-from shared.models.vit import VisionTransformer, check_transformers, init_weights, initial_value, vit_config
+from shared.models.vit import VisionTransformer, check_transformers, vit_config
+from shared.models.weights import init_weights, initial_value
 from shared.optim import build_scheduler, parameter_groups
 from shared.run import Run
 

@@ -42,16 +42,8 @@ from shared.images import ImageConfig, Loader, build_views, open_data
 from shared.images.settings import Part
 from shared.launch import mixed_precision, strategy, this_launch
 from shared.metrics import Evaluation
-from shared.models.vit import (
-    Rate,
-    VisionTransformer,
-    find_pretrained,
-    initial_value,
-    load_pretrained,
-    network_sizes,
-    pixel_statistics,
-    vit_config,
-)
+from shared.models.vit import Rate, VisionTransformer, load_pretrained, network_sizes, pixel_statistics, vit_config
+from shared.models.weights import find_pretrained, initial_value
 from shared.optim import build_scheduler, clip_grad_norm, parameter_groups
 from shared.run import Run
 

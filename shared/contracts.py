@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Define what the loop, `Run` and the checkpoints expect of a modality (images, text): a loader of batches.
-
-The order (order.py) decides which samples a step takes; the metric (metrics.py) decides what counts as better.
-"""
+"""Define what the loop, `Run` and the checkpoints expect of a modality (images, text): a loader of batches."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
@@ -22,6 +19,7 @@ class Description(NamedTuple):
     notes: tuple[str, ...]  # more lines; the first says what the network sees
     identity: dict  # what a resume must find unchanged, such as the class names in their order
     record: dict  # further entries of config.json, such as the decoder
+    files: tuple[tuple[str, str], ...] = ()  # (name, text) for the run's folder, such as the tokenizer
 
 
 class Batch(Protocol):

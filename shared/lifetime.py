@@ -88,7 +88,9 @@ def end_at_once(error: UserError) -> None:
 
 
 def end_workers() -> None:
-    """Kill the workers of this process's loaders."""
+    """Kill the workers of this process's loaders. torch's handler of SIGCHLD would raise an error for each of them."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -21,7 +21,8 @@ from shared.config import parse
 from shared.errors import UserError
 from shared.images import ImageConfig
 from shared.launch import program, this_launch
-from shared.models.vit import VisionTransformer, initial_value
+from shared.models.vit import VisionTransformer
+from shared.models.weights import initial_value
 from shared.optim import zero_momentum
 from shared.order import TrainingOrder
 from shared.run.identity import identity, recipe_source

@@ -15,13 +15,13 @@ from shared.models.vit import (
     SIZES,
     VisionTransformer,
     drop_path_scales,
-    init_weights,
     load_pretrained,
     pixel_statistics,
     resize_positions,
     uniform,
     vit_config,
 )
+from shared.models.weights import init_weights
 
 # Millions of parameters at 224 px and 1,000 classes, without a pooler: Ti to L after arXiv:2012.12877 and
 # arXiv:2010.11929, H, g and G after arXiv:2106.04560 (table 2; patch 14).

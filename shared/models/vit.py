@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build transformers' Vision Transformer in its papers' sizes, with stochastic depth.
+"""Build transformers' Vision Transformer in its papers' sizes, with stochastic depth."""
 
-Initial weights depend on the seed alone: every strategy starts from the same ones, whichever part a process holds.
-"""
-
-import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +10,6 @@ from typing import Annotated
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -26,9 +20,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from ..config import Range
-from ..draws import hash64
 from ..errors import UserError, say
 from ..launch import rank
+from .weights import dropout, find_pretrained, init_weights
 
 LEAST = "5.17"  # the first version of transformers with the blocks used below
 # name: width, blocks, heads, MLP width. Ti to L: Dosovitskiy et al., arXiv:2010.11929, and Touvron et al.,
@@ -43,7 +37,6 @@ SIZES = {
     "g": (1408, 40, 16, 6144),
     "G": (1664, 48, 16, 8192),
 }
-INITIAL_STD = 0.02
 Rate = Annotated[float, Range(0, 0.99)]  # of DropPath
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -128,11 +121,6 @@ def run_blocks(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], x: Ten
     return x
 
 
-def dropout(config: ViTConfig) -> dict[str, float]:
-    """Return the rates above 0, by name. Here DropPath, which is a function of the sample, replaces dropout."""
-    return {name: rate for name, rate in vars(config).items() if "dropout" in name and rate}
-
-
 def uniform(bits: Tensor) -> Tensor:
     """Return a float32 in [0, 1) for each int64, by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
@@ -161,76 +149,11 @@ def vit_config(name: str, image_size: int, patch_size: int, num_classes: int, dr
     _check_patches(image_size, patch_size)
     width, blocks, heads, mlp_width = SIZES[name]
     config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=mlp_width,
-        image_size=image_size,
-        patch_size=patch_size,
-        num_labels=num_classes,
-        attn_implementation="sdpa",
-    )
+        hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, intermediate_size=mlp_width,
+        image_size=image_size, patch_size=patch_size, num_labels=num_classes, attn_implementation="sdpa",
+    )  # fmt: skip
     config.drop_path = drop_path
     return config
-
-
-def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
-    """Fill parameters in place, on any device and in any sharding: each is drawn whole from (seed, its name). On the
-    meta device there is nothing to fill.
-
-    Matrices, filters and embeddings: normal with standard deviation 0.02, truncated at two of them; norms 1, biases 0.
-    Needs memory for a second copy of the largest parameter. prefix: fill only parameters whose names begin with it.
-    """
-    for name, parameter in model.named_parameters():
-        if name.startswith(prefix) and not parameter.is_meta:
-            copy_(parameter.data, initial_value(name, parameter.shape, seed))
-
-
-def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """Return a parameter's initial value, on the CPU in float32."""
-    if len(shape) == 1:
-        return torch.full(shape, float("norm" in name and name.endswith("weight")))
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    generator = torch.Generator().manual_seed(hash64(seed, key) >> 1)
-    value = torch.empty(shape)
-    return nn.init.trunc_normal_(value, 0, INITIAL_STD, -2 * INITIAL_STD, 2 * INITIAL_STD, generator=generator)
-
-
-def copy_(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor, which every process has, into a plain tensor or into this process's part of a DTensor."""
-    if not isinstance(target, DTensor):
-        target.copy_(value)
-        return
-    # Declared replicated without a check, then cut down to this process's part: nothing is sent.
-    mesh = target.device_mesh
-    whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    target.copy_(whole.redistribute(placements=target.placements))
-
-
-# Pretrained weights
-
-
-def find_pretrained(name: str) -> Path:
-    """Return the folder of `--pretrained`: itself, $DSDIR/HuggingFace_Models/<name>, or a download of this hub id.
-
-    Raises UserError with the places that were tried.
-    """
-    tried = [Path(name)]
-    if "DSDIR" in os.environ:
-        tried.append(Path(os.environ["DSDIR"]) / "HuggingFace_Models" / name)
-    for folder in tried:
-        if (folder / "config.json").is_file():
-            return folder
-    import httpx  # only newer clients of the hub need it
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        places = ", ".join(str(folder / "config.json") for folder in tried)
-        raise UserError(
-            f"--pretrained {name} was not found: no {places}, and not on the hub ({type(error).__name__}). "
-            "Give a folder that transformers saved, or download it where there is a network."
-        ) from error
 
 
 def load_pretrained(folder: Path, image_size: int, num_classes: int, drop_path: float, seed: int) -> VisionTransformer:

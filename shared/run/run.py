@@ -65,7 +65,7 @@ class Run(Position):
         if self.finished:
             return
         self.log.say("\n".join(self.summary.opening_lines(*data, config)))
-        on_main_process(accelerator, self.summary.begin, (run_config, data_config, config), values, data[0].record)
+        on_main_process(accelerator, self.summary.begin, (run_config, data_config, config), values, data[0])
         kept = run_config.keep_checkpoints, run_config.async_checkpoint
         checkpoints = Checkpoints(self.files.checkpoints, accelerator, values, *kept)
         source = origin.origin(accelerator, config, claim.begun_from)

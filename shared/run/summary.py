@@ -49,13 +49,15 @@ class Summary:
             f"steps: {self.position.total_steps} = {config.epochs} epochs x {self.position.epoch_steps}",
         ]
 
-    def begin(self, configs: tuple, identity: dict, record: dict) -> None:
-        """Write config.json and summary.json, on rank 0, before the first step. record: the loader's values for it."""
+    def begin(self, configs: tuple, identity: dict, train: Description) -> None:
+        """Write config.json, summary.json and the loader's own files, on rank 0, before the first step."""
         names = ("run_config", "data_config", "config")
         values = {"identity": identity} | {name: vars(one) for name, one in zip(names, configs, strict=True)}
-        values |= _environment(self.accelerator) | {"steps_per_epoch": self.position.epoch_steps} | record
+        values |= _environment(self.accelerator) | {"steps_per_epoch": self.position.epoch_steps} | train.record
         with self.files.writing():
             write_json(self.files.path / "config.json", values)
+            for name, text in train.files:
+                (self.files.path / name).write_text(text)
             if not self.is_resumed:
                 self.log.metrics.drop_after(0)
         self.write("running")

@@ -219,6 +219,7 @@ class Loader:
             notes=(f"the network sees {data.length} of {tokenizer.size:,} tokens at once", *data.notes),
             identity={"tokenizer_sha256": tokenizer.sha256},
             record={"vocabulary": tokenizer.size},
+            files=(("tokenizer.json", tokenizer.text),) if tokenizer.text else (),
         )
 
     def _compressed(self) -> str:
