@@ -23,7 +23,7 @@ from report import ROOT, median_and_spread, table, write
 from shared.lifetime import die_with_parent
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/local_ddp.yaml"]
-FIGURES = ("accuracy", "seconds", "samples_per_second", "peak_memory_bytes")  # of summary.json
+FIGURES = ("accuracy", "bits_per_byte", "seconds", "samples_per_second", "peak_memory_bytes")  # of summary.json
 
 
 def main() -> None:
@@ -74,7 +74,8 @@ def train(recipe: str, seed: int, flags: list[str], target: float | None) -> dic
         if process.returncode:
             sys.exit(process.returncode)
         summary, lines = json.loads((path / "summary.json").read_text()), lines_of(path)
-    run = {"seed": seed} | {name: summary[name] for name in (*FIGURES, "steps", "world_size")} | {"wall_seconds": wall}
+    figures = {name: summary[name] for name in (*FIGURES, "steps", "world_size") if name in summary}
+    run = {"seed": seed} | figures | {"wall_seconds": wall}
     run |= {name: value for line in lines for name, value in line.items() if name == "ema_accuracy"}  # the last one
     if target is not None:
         steps = steps_to(target, lines)

@@ -265,6 +265,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     import accelerate.commands.launch  # noqa: F401
     import deepspeed  # noqa: F401
+    import llm  # noqa: F401
     import numpy
     import sklearn.datasets  # noqa: F401
     import torch._dynamo

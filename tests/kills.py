@@ -27,6 +27,17 @@ QUIET = ["--logging_steps", "1", "--report_to", "none", "--num_workers", "1"]
 RESNET = [*QUIET, "--learning_rate", "0.001", "--global_batch_size", "20", "--image_size", "16", "--epochs", "3"]
 VIT = [*QUIET, "--global_batch_size", "20", "--image_size", "16", "--warmup_epochs", "0.5", "--epochs", "5"]
 VIT += ["--learning_rate", "1e-3", "--drop_path", "0.2"]
+LLM = [
+    *QUIET,
+    "--data",
+    "docstrings",
+    "--global_batch_size",
+    "16",
+    "--sequence_length",
+    "64",
+    "--warmup_epochs",
+    "0.5",
+]
 
 # case: kills in the test, recipe, its flags, the launcher's
 KILLED = {
@@ -34,6 +45,7 @@ KILLED = {
     "2 processes, batch norm": (3, "resnet", [*RESNET, "--norm", "batch", "--max_steps", "30"], {"num_processes": 2}),
     "4 processes": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 4}),
     "fsdp": (2, "vit", [*VIT, "--max_steps", "24"], {"num_processes": 2, "config_file": "local_fsdp.yaml"}),
+    "language": (2, "llm", [*LLM, "--max_steps", "24"], {"num_processes": 2}),
 }
 IN_BACKGROUND = {"2 processes, batch norm", "fsdp"}  # of these, the ones that are killed write there
 # Only `make soak` has time for these too.

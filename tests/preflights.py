@@ -75,5 +75,6 @@ def command_line(words: list[str], cwd: Path = ROOT, **variables: str) -> subpro
 def sound(machine: str, strategy: str, recipe: str, *flags: str, nodes: int = 2) -> list[str]:
     """Return the words of a job that nothing is wrong with."""
     account = f"abc@{MACHINES[machine].account}"
-    data = [] if recipe == "allreduce_pi" or "--data" in flags else ["--data", "digits"]
+    own = "python" if recipe.startswith("llm") else "digits"
+    data = [] if recipe == "allreduce_pi" or "--data" in flags else ["--data", own]
     return [machine, strategy, "-A", account, "--nodes", str(nodes), "--", str(RECIPES[recipe]), *data, *flags]

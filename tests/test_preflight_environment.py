@@ -163,5 +163,7 @@ def test_nobody_trains_on_the_digits_by_oversight(run):
     words = ["h100", "ddp", "-A", "abc@h100", "--nodes=2", "--", "recipes/resnet.py"]
     assert run(*words, "--data=digits").status == 0
     (line,) = run(*words).errors
-    assert line.startswith("error: without --data the 2 nodes train on 1,797 embedded digits. Give --data FOLDER, or")
+    assert line.startswith(
+        "error: without --data the 2 nodes train on the demonstration's digits. Give --data FOLDER, or"
+    )
     assert run(*words[:4], *words[5:]).status == 0  # one node: a demonstration

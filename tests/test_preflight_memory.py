@@ -3,17 +3,19 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import preflights
 import pytest
 import torch
 from conftest import ROOT
-from memory_estimate import activations, held, peak
+from memory_estimate import activations, held, inputs_of, peak
 from preflights import sound
 
 from shared.models.vit import VisionTransformer, vit_config
 
 pytestmark = pytest.mark.slow
+INPUTS = inputs_of(SimpleNamespace(image_size=224))
 
 login_node, run, collection = preflights.login_node, preflights.run, preflights.collection
 
@@ -62,7 +64,7 @@ def networks() -> dict:
     found = {}
     for name, model in (("S", network("S")), ("B", network("B"))):
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
-        found[name] = shapes, *(activations(model, 224, half=half) for half in (False, True))
+        found[name] = shapes, *(activations(model, INPUTS, half=half) for half in (False, True))
     return found
 
 
@@ -97,7 +99,7 @@ def test_estimates_beside_what_each_rank_held(counted, networks):
 def test_saved_bytes_of_a_block_by_hand():
     """ViT-S at 224 px in bf16: 197 tokens of width 384, 6 heads, MLP 1536."""
     model, tokens = network("S"), 197
-    saved = activations(model, 224, half=True)
+    saved = activations(model, INPUTS, half=True)
     row = tokens * 384
     # In fp32: the input of both norms, two statistics of each a token. In bf16: their output once for each of q, k, v
     # and fc1; q, k, v, what attention gives; fc1's output and the activation's. In fp32: a sum for a head and token.

@@ -96,11 +96,14 @@ SIGNATURES = {
 }
 
 
+OF_TEXT = {"text": "images", "vocabulary": "num_classes"}
+
+
 def check_signatures(tree: ast.Module) -> None:
-    """One signature a function across the recipes; a lesson may append arguments of its own."""
-    given = {
-        node.name: [each.arg for each in node.args.args] for node in tree.body if isinstance(node, ast.FunctionDef)
-    }
+    """One signature a function across the recipes, but for the modality's words; a lesson may append arguments of its
+    own."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    given = {node.name: [OF_TEXT.get(each.arg, each.arg) for each in node.args.args] for node in functions}
     for name, arguments in SIGNATURES.items():
         assert given[name][: len(arguments.split())] == arguments.split(), name
 
@@ -137,7 +140,7 @@ def bound(requirement: str) -> Version:
 
 
 def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(server, tmp_path):
-    """It needs core and images/: no other modality, and no model of shared/."""
+    """resnet.py needs core and images/: no other modality, and no model of shared/. llm.py needs no images."""
     shutil.copy(ROOT / "recipes/resnet.py", tmp_path)
     shutil.copytree(ROOT / "accelerate_configs", tmp_path / "accelerate_configs")
     shutil.copytree(ROOT / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("models", "text"))
@@ -146,6 +149,12 @@ def test_a_copied_recipe_runs_from_an_empty_folder_with_its_own_shared(server, t
     assert copied.returncode == 0, copied.stderr
     config = yaml.safe_load((tmp_path / "run/config.json").read_text())
     assert config["shared"] == str(tmp_path / "shared/__init__.py")
+    shutil.rmtree(tmp_path / "shared/images")
+    shutil.copy(ROOT / "recipes/llm.py", tmp_path)
+    for name in ("models", "text"):
+        shutil.copytree(ROOT / "shared" / name, tmp_path / "shared" / name)
+    text = python("llm.py", *flags[:4], "--output_dir", "text", cwd=tmp_path, server=server)
+    assert text.returncode == 0, text.stderr
     shutil.rmtree(tmp_path / "shared")
     orphan = python("resnet.py", *flags, cwd=tmp_path, server=server)
     assert orphan.returncode != 0

@@ -9,6 +9,7 @@ and ZeRO cast by themselves, which takes a little less.)
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -111,18 +112,25 @@ class Activations(NamedTuple):
     blocks: int
 
 
-def activations(network: nn.Module, side: int, half: bool) -> Activations:
-    """Return the bytes of a block, and of the ends: differences between one block and two, and between 2 and 4
-    images of `side` pixels. half: bf16 or fp16."""
+def inputs_of(data) -> Callable[[int], torch.Tensor]:
+    """Return a function of a number of samples: a batch as a recipe's network takes it. data: its settings."""
+    if hasattr(data, "sequence_length"):
+        return lambda samples: torch.zeros(samples, data.sequence_length, dtype=torch.int64)
+    return lambda samples: torch.empty(samples, 3, data.image_size, data.image_size)
+
+
+def activations(network: nn.Module, inputs: Callable[[int], torch.Tensor], half: bool) -> Activations:
+    """Return the bytes of a block, and of the ends: differences between one block and two, and between batches of 2
+    and 4 samples. half: bf16 or fp16."""
     network = copy.deepcopy(network)  # of which blocks are dropped
     blocks = max((each for each in network.modules() if isinstance(each, nn.ModuleList)), key=len, default=None)
     if blocks is None:
-        (small, _, _), (large, _, _) = (saved(network, images, side, half) for images in (2, 4))
+        (small, _, _), (large, _, _) = (saved(network, inputs(images), half) for images in (2, 4))
         return Activations(2 * small - large, (large - small) / 2, 0, 0, 0, 0)
     number, counts = len(blocks), {}
     for depth in (2, 1):
         del blocks[depth:]
-        counts[depth] = [saved(network, images, side, half, blocks[0]) for images in (2, 4)]
+        counts[depth] = [saved(network, inputs(images), half, blocks[0]) for images in (2, 4)]
     image = {depth: [(b - a) / 2 for a, b in zip(*pair, strict=True)] for depth, pair in counts.items()}
     fixed = {depth: pair[0][0] - 2 * image[depth][0] for depth, pair in counts.items()}
     (block, split, _), entry = (b - a for a, b in zip(image[1], image[2], strict=True)), image[1][2]
@@ -130,7 +138,7 @@ def activations(network: nn.Module, side: int, half: bool) -> Activations:
     return Activations(copies, image[1][0] - block, block, split, entry, number)
 
 
-def saved(network: nn.Module, images: int, side: int, half: bool, block: nn.Module | None = None) -> list[int]:
+def saved(network: nn.Module, batch: torch.Tensor, half: bool, block: nn.Module | None = None) -> list[int]:
     """Return the bytes saved for the backward, weights excepted; those of heads and MLP; and the bytes that enter
     `block`."""
     seen, entering, width = {}, [0], getattr(getattr(network, "config", None), "intermediate_size", None)
@@ -151,7 +159,7 @@ def saved(network: nn.Module, images: int, side: int, half: bool, block: nn.Modu
             return tensor
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            functional_call(network, fake, (torch.empty(images, 3, side, side),))
+            functional_call(network, fake, (torch.zeros(batch.shape, dtype=batch.dtype),))
     if hook:
         hook.remove()
     sizes = [(size, divided) for _, size, divided in seen.values()]

@@ -75,4 +75,4 @@ def find_pretrained(name: str) -> Path:
 
 def dropout(config: PretrainedConfig) -> dict[str, float]:
     """Return the rates above 0, by name. Here DropPath, which is a function of the sample, replaces dropout."""
-    return {name: rate for name, rate in vars(config).items() if "dropout" in name and rate}
+    return {name: rate for name, rate in vars(config).items() if ("dropout" in name or "pdrop" in name) and rate}

@@ -10,18 +10,18 @@ from .plan import Plan, Task
 
 def data(plan: Plan, task: Task) -> Iterator[str]:
     """Open the data, which a batch must not exceed; refuse several nodes without --data."""
-    if not task.images:
+    if not task.data:
         return
-    if task.images.data == "digits" and plan.nodes > 1 and "data" not in task.given:
-        what = f"without --data the {plan.nodes} nodes train on 1,797 embedded digits"
-        yield f"{what}. Give --data FOLDER, or --data digits where you mean them."
-    if "$" not in task.images.data:
+    if plan.nodes > 1 and "data" not in task.given:
+        what = f"without --data the {plan.nodes} nodes train on the demonstration's {task.data.data}"
+        yield f"{what}. Give --data FOLDER, or --data {task.data.data} where you mean it."
+    if "$" not in task.data.data:
         steps_per_epoch(plan, task)
 
 
 def steps_per_epoch(plan: Plan, task: Task) -> int | None:
     """Return an epoch's steps; None without images, or where counting them would take long: data without an index."""
-    read, images = getattr(plan.module, "open_data", None), task.images
+    read, images = getattr(plan.module, "open_data", None), task.data
     if not read or not images:
         return None
     if Path(images.data).exists() and not Path(images.data, "train/index.safetensors").exists():

@@ -69,10 +69,10 @@ def measure(plan: Plan, task: Task) -> Network:
     import memory_estimate
 
     model = network(plan, task)
-    for module in model.modules():
-        module.recompute = False  # --activation_checkpointing; its bytes are derived from those without it
+    for module in model.modules():  # --activation_checkpointing's bytes are derived from those without it
+        module.recompute = module.gradient_checkpointing = False
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    saved = memory_estimate.activations(model, task.images.image_size, plan.precision != "no")
+    saved = memory_estimate.activations(model, memory_estimate.inputs_of(task.data), plan.precision != "no")
     if getattr(task.config, "sequence_parallel", False):
         saved = saved._replace(split=saved.block)
     optimizer, *_ = plan.module.build_optimizer(model, task.config, 100)

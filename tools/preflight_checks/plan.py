@@ -18,8 +18,8 @@ class Task(NamedTuple):
 
     name: str
     words: list[str]
-    run_config: object  # None where the recipe has none, nor images
-    images: object
+    run_config: object  # None where the recipe has none, nor data
+    data: object
     config: object
 
     @property
@@ -105,14 +105,19 @@ class Plan:
         tensor, pipeline = (getattr(task.config, name, 1) for name in self.splits)
         return tensor, pipeline, 0 if self.world_size % (tensor * pipeline) else self.world_size // tensor // pipeline
 
+    @property
+    def unit(self) -> str:
+        """Return what a batch counts."""
+        return "sequences" if hasattr(self.tasks[0].data, "sequence_length") else "images"
+
     def micro_batch(self, task: Task) -> int:
-        """Return the images of one forward of one process."""
+        """Return the images, or sequences, of one forward of one process."""
         return task.config.global_batch_size // self.sizes(task)[2] // task.config.gradient_accumulation_steps
 
     def output(self, task: Task) -> Path:
         """Return the run's folder."""
         identity = self.shared("run.identity")
-        values = identity.identity(self.recipe.stem, self.precision, task.run_config, task.images, task.config)
+        values = identity.identity(self.recipe.stem, self.precision, task.run_config, task.data, task.config)
         return Path(task.run_config.output_dir or f"runs/{self.recipe.stem}-{identity.identity_hash(values)}")
 
 

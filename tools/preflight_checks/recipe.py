@@ -128,7 +128,7 @@ def cut(plan: Plan, task: Task) -> Iterator[str]:
         yield f"{' x '.join(flags)} does not divide the {gpus}. Change it or --nodes."
     if hasattr(plan.module, "check"):
         launch = plan.shared("launch").Launch(plan.kind, plan.precision, plan.world_size, on_gpu=True)
-        plan.module.check(task.run_config, task.images, task.config, launch)
+        plan.module.check(task.run_config, task.data, task.config, launch)
     blocks = number_of_blocks(network(plan, task)) if pipeline > 1 else 0
     if blocks % pipeline:
         plan.notes.append(f"warning: {blocks} blocks over {pipeline} stages: the larger ones keep the others waiting.")
@@ -165,9 +165,10 @@ def wrapped(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def network(plan: Plan, task: Task):
-    """Return the recipe's model without memory, with 1,000 classes unless the data is a demonstration's."""
+    """Return the recipe's model without memory: of --vocabulary_size tokens, or of 1,000 classes unless the data is a
+    demonstration's."""
     import torch
 
-    classes = 10 if task.images.data in ("digits", "fashion") else 1000
+    classes = 10 if task.data.data in ("digits", "fashion") else 1000
     with torch.device("meta"):
-        return plan.module.build_model(task.images, task.config, classes, 0)
+        return plan.module.build_model(task.data, task.config, getattr(task.data, "vocabulary_size", classes), 0)

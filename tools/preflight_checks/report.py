@@ -9,7 +9,7 @@ from .data import steps_per_epoch
 from .plan import Plan, Task
 
 Row = tuple[str, str, str]  # name, value, origin
-SHOWN = {"data", "image_size", "model", "epochs", "learning_rate"}  # even where nobody gave them
+SHOWN = {"data", "image_size", "sequence_length", "model", "epochs", "learning_rate"}  # even where nobody gave them
 IN_OTHER_ROWS = {"global_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "output_dir"}
 
 
@@ -17,7 +17,7 @@ def report(plan: Plan, task: Task) -> list[str]:
     """Return the lines, aligned."""
     rows = [*job_rows(plan), *parallel_rows(plan, task), *(run_rows(plan, task) if task.run_config else ())]
     names = (SHOWN | task.given) - IN_OTHER_ROWS - {*plan.splits}
-    for owner in filter(None, (task.images, task.config, task.run_config)):
+    for owner in filter(None, (task.data, task.config, task.run_config)):
         rows += settings(plan, task, owner, names)
     rows += queue_rows(plan)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -51,7 +51,9 @@ def parallel_rows(plan: Plan, task: Task) -> list[Row]:
 def run_rows(plan: Plan, task: Task) -> list[Row]:
     run, config = task.run_config, task.config
     batch, steps = config.global_batch_size, config.gradient_accumulation_steps
-    product = f"{plan.sizes(task)[2]} (data-parallel) x {plan.micro_batch(task)} (images) x {steps} (accumulation)"
+    product = (
+        f"{plan.sizes(task)[2]} (data-parallel) x {plan.micro_batch(task)} ({plan.unit}) x {steps} (accumulation)"
+    )
     every = "" if run.checkpointing_steps == "epoch" else f"each {run.checkpointing_steps} steps and "
     folder = origin(plan, task, "output_dir") if run.output_dir else "hash of all values"
     return [
@@ -94,7 +96,7 @@ def crash_cost(plan: Plan, task: Task) -> str:
         return f"There are no checkpoints: a crash costs all that was done{limit}"
     what, share = lost(task, steps_per_epoch(plan, task))
     if share is None:
-        return f"A crash between checkpoints costs at most {what}; the images are not counted yet{limit}"
+        return f"A crash between checkpoints costs at most {what}; the {plan.unit} are not counted yet{limit}"
     cost = f" ({share * hours:,.2f} GPU-hours if the run fills the job)" if hours < math.inf else ""
     return f"A crash between checkpoints costs at most {what}, {share:.1%} of the run{cost}{limit}"
 
