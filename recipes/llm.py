@@ -114,6 +114,7 @@ def build_model(text, config, vocabulary, seed):
     else:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(sizes, **options)
+        model.tie_weights()  # which no_init_weights leaves out
         init_weights(model, seed)
     kind = type(model)
     model.__class__ = type(kind.__name__, (SummedLoss, kind), {})

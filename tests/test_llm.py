@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, Result, python, train
 from kills import LLM
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shared.checkpoint import checkpoints, read_weights
 from shared.text import open_corpus
@@ -170,6 +170,28 @@ def test_the_runs_folder_has_the_tokenizer_that_made_its_tokens(single):
     assert text == made.text
     assert single.config["identity"]["tokenizer_sha256"] == made.sha256
     assert single.config["vocabulary"] == 1024
+
+
+def test_the_exported_network_is_transformers_own(run, single, server, tmp_path):
+    """Under its own name, tied, with its tokenizer; bits per byte are the run's, and a fine-tuning starts from it."""
+    out = tmp_path / "weights"
+    process = python(ROOT / "tools/export.py", single.folder, out, server=server)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((out / "check.json").read_text())["bits_per_byte"] == pytest.approx(
+        single.series("bits_per_byte")[-1], rel=1e-5
+    )
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert type(model) is LlamaForCausalLM
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in weights(single)  # the same tensor is kept once
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(named, weights(single), rtol=0, atol=0)
+    said = "def naïve(text):\n"
+    assert tokenizer.decode(tokenizer.encode(said, add_special_tokens=False)) == said
+    tuned = run("from the export", "ddp", 1, ["--pretrained", str(out), "--learning_rate", "0"], steps=1)
+    assert tuned.series("bits_per_byte")[-1] == pytest.approx(single.series("bits_per_byte")[-1], rel=1e-5)
+    refused = python(ROOT / "tools/export.py", single.folder, tmp_path / "b", "--images", "3", server=server)
+    assert refused.stderr == "error: --images 3: the run's data is text. Leave it out.\n"
 
 
 def test_another_tokenizer_is_another_run(run, single, server):

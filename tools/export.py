@@ -5,12 +5,12 @@
     python tools/export.py runs/vit-1d2f3a4b weights --checkpoint step-00000308
     python tools/export.py runs/vit-1d2f3a4b weights --ema                        # of a run with --ema_decay
 
-A network of transformers, such as the ViTs', becomes a folder for that library: for
-`ViTForImageClassification.from_pretrained("weights")`, or a recipe's `--pretrained weights`. Any other network becomes
-model.safetensors, beside a config.json with the recipe's configuration and the classes. The folder appears only when
-it is complete. Then it is read again and evaluated on the run's held-out images, or --images of them, in fp32 by one
-process, with what the run's own recipe builds; the accuracy must be the checkpoint's. The result is in check.json
-beside the weights: without it they are not checked.
+A network of transformers, such as the ViTs' or llm.py's, becomes a folder for that library, with the image processor
+or the tokenizer: for `AutoModelForCausalLM.from_pretrained("weights")`, or a recipe's `--pretrained weights`. Any
+other network becomes model.safetensors, beside a config.json with the recipe's configuration and the classes. The
+folder appears only when it is complete. Then it is read again and evaluated on the run's held-out images, or --images
+of them, or documents, in fp32 by one process, with what the run's own recipe builds; accuracy or bits per byte must be
+the checkpoint's. The result is in check.json beside the weights: without it they are not checked.
 """
 
 import argparse
@@ -23,14 +23,16 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 from recipe_file import as_user_errors, load_recipe
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import ViTImageProcessor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessor
 from transformers.utils import logging
 
 from shared.checkpoint import checkpoints, damage, read_manifest, read_weights
@@ -38,9 +40,11 @@ from shared.config import SIZES, expand_home
 from shared.errors import UserError
 from shared.files import complete, write_json
 from shared.lifetime import begin
+from shared.models.weights import find_pretrained
+from shared.text.tokenizer import END
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 0.005  # of accuracy; bf16's rounding turns a few images
+TOLERANCE = 0.005  # of accuracy, or a share of the bits per byte: bf16's rounding
 # The settings for one process: nothing is split, and nothing compiled.
 ALONE = dict.fromkeys(SIZES, 1) | {"sync_batch_norm": False, "compile": False}
 LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -52,6 +56,8 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = choose(run_folder / "checkpoints", arguments.checkpoint)
     print(f"from {checkpoint}", flush=True)
     run = json.loads((run_folder / "config.json").read_text())
+    if "vocabulary" in run and arguments.images:
+        raise UserError(f"--images {arguments.images}: the run's data is text. Leave it out.")
     run["data_config"]["data"] = arguments.data or run["identity"]["data"]  # an absolute path
     run["config"] |= {"pretrained": arguments.pretrained} if arguments.pretrained else {}
     recipe = load_recipe(find_recipe(run))
@@ -61,7 +67,11 @@ def main(arguments: argparse.Namespace) -> None:
         opened = None if arguments.no_check else held_out(recipe, run, images, config, arguments.device)
         with beside(out) as folder:
             weights = read_average(checkpoint) if arguments.ema else read_weights(checkpoint)
-            network = write(folder, recipe, run, images, config, weights)
+            if "vocabulary" in run:  # text
+                network = write_language_model(folder, recipe, run, images, config, weights)
+                write_tokenizer(folder, run_folder, config)
+            else:
+                network = write(folder, recipe, run, images, config, weights)
             make_readable(folder)
     print(f"written: {out}", flush=True)
     if opened:
@@ -198,6 +208,34 @@ def write(
     return lambda folder: read(folder, recipe, images, config)
 
 
+def write_language_model(
+    folder: Path, recipe: ModuleType, run: dict, text, config, weights: dict[str, Tensor]
+) -> Callable[[Path], torch.nn.Module]:
+    """Fill the folder; return a function that loads the recipe's network from it, as for fine-tuning."""
+    with torch.device("meta"):
+        network = recipe.build_model(text, config, run["vocabulary"], seed=0)
+    kind = next(kind for kind in type(network).__mro__ if kind.__module__.startswith("transformers."))
+    first = {id(parameter): name for name, parameter in network.named_parameters()}
+    every = network.named_parameters(remove_duplicate=False)  # a tied one has a name more than the checkpoint
+    fill(network, weights | {name: weights[first[id(parameter)]] for name, parameter in every})
+    network.__class__ = kind
+    network.tie_weights()
+    network.save_pretrained(folder)
+    return lambda folder: recipe.build_model(
+        text, dataclasses.replace(config, pretrained=str(folder)), run["vocabulary"], seed=0
+    )
+
+
+def write_tokenizer(folder: Path, run_folder: Path, config) -> None:
+    """Write the run's own tokenizer, or the pretrained network's; --tokenizer bytes needs none."""
+    if config.pretrained:
+        AutoTokenizer.from_pretrained(find_pretrained(config.pretrained)).save_pretrained(folder)
+    elif (run_folder / "tokenizer.json").exists():
+        library = Tokenizer.from_file(str(run_folder / "tokenizer.json"))
+        tokens = {"bos_token": END, "eos_token": END}
+        PreTrainedTokenizerFast(tokenizer_object=library, **tokens).save_pretrained(folder)
+
+
 def pixel_statistics(recipe: ModuleType, config) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation, in [0, 255], by which the recipe's loaders normalise."""
     own = getattr(config, "pretrained", "") and recipe.pixel_statistics(recipe.find_pretrained(config.pretrained))
@@ -254,24 +292,45 @@ class Logits(torch.nn.Module):
 def prove(recipe: ModuleType, accelerator, loader, network, checkpoint: Path, arguments: argparse.Namespace) -> None:
     """Evaluate what was written, print the result and write it beside the weights; raises UserError where it
     differs."""
-    out, total = arguments.out, len(loader.dataset)
+    out, total, is_text = arguments.out, len(loader.dataset), hasattr(loader.dataset, "byte_count")
     images = min(arguments.images or total, total)
     try:
         with as_user_errors(recipe):
-            result = evaluate(recipe, accelerator, network(out), loader, images)
+            measured = evaluate_text if is_text else partial(evaluate, images=images)
+            result = measured(recipe, accelerator, network(out), loader)
     except UserError as error:
         raise UserError(f"{error} {out} is complete, but not checked.") from error
-    expected = read_manifest(checkpoint).get("ema_accuracy" if arguments.ema else "accuracy")
-    agrees = compare(result, expected, checkpoint, images, total)
+    name, form, unit = ("bits_per_byte", ".4f", "sequences") if is_text else ("accuracy", ".2%", "images")
+    expected = read_manifest(checkpoint).get(f"ema_{name}" if arguments.ema else name)
+    agrees = compare_text(result, expected) if is_text else compare(result, expected, checkpoint, images, total)
     record = {"checkpoint": str(checkpoint), "averaged": arguments.ema, "device": str(accelerator.device)}
-    record |= {"held_out_images": total, **result, "accuracy_of_the_run": expected, "agrees": agrees}
+    record |= {f"held_out_{unit}": total, **result, f"{name}_of_the_run": expected, "agrees": agrees}
     write_json(out / "check.json", record)
     if agrees is False:
         files = " and ".join(str(out / name) for name in ("config.json", "*.safetensors"))
+        words = name.replace("_", " ")
         raise UserError(
-            f"the weights have the accuracy {result['accuracy']:.2%} here and had {expected:.2%} in the run: do not "
+            f"the weights have the {words} {result[name]:{form}} here and had {expected:{form}} in the run: do not "
             f"trust {files}. Were the recipe or the data changed since? Export again with those of the run."
         )
+
+
+def evaluate_text(recipe: ModuleType, accelerator, model: torch.nn.Module, loader) -> dict[str, float]:
+    """Return bits per byte, perplexity and loss over the held-out sequences, in fp32."""
+    model.float().eval().to(accelerator.device)
+    evaluation = recipe.Evaluation()
+    with torch.no_grad():
+        for batch in loader:
+            evaluation.add(model(batch.tokens, batch.labels, batch.positions), batch.labels)
+    return evaluation.result(accelerator, len(loader.dataset), loader.dataset.byte_count)
+
+
+def compare_text(result: dict[str, float], expected: float | None) -> bool | None:
+    """Return whether the bits per byte are the run's, but for bf16's rounding; None where the run has none."""
+    bits = result["bits_per_byte"]
+    run = "none, it was saved within an epoch" if expected is None else f"{expected:.4f}"
+    print(f"evaluated as written: bits per byte {bits:.4f}, {result['eval_samples']} sequences; the run's own: {run}")
+    return None if expected is None else abs(bits / expected - 1) <= TOLERANCE
 
 
 def evaluate(recipe: ModuleType, accelerator, model: torch.nn.Module, loader, images: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..launch import strategy
 from .deepspeed import load_zero, refuse_other_zero
 from .retention import STATE
-from .tensors import FLAT, TensorReader, plain_names, unwrapped
+from .tensors import FLAT, TensorReader, plain_names, unwrapped, without_tied
 
 
 def load_checkpoint(
@@ -76,7 +76,7 @@ def _load_tensors(path: Path, accelerator: Accelerator, model: nn.Module, optimi
     there = set(reader.read_metadata().state_dict_metadata)
     if not any(name.startswith("optimizer.") for name in there):
         moments = {}  # no optimizer state: every step so far was skipped
-    tensors = plain_names(weights, moments)
+    tensors = plain_names(without_tied(weights, getattr(model, "module", model)), moments)
     _check_names(path, there, set(tensors), accelerator)
     # dcp.load fills the tensors in place; set_state_dict then gives the optimizer those that get_state_dict made.
     dcp.load(tensors, storage_reader=reader, no_dist=accelerator.num_processes == 1)
@@ -95,11 +95,8 @@ def read_weights(path: Path, part: str = "model.") -> dict[str, Tensor]:
     """Return plain name -> whole weight or buffer, on the CPU, whatever strategy wrote it; DeepSpeed's are in fp32.
     part: what to read; `optimizer.state.` has names such as fc.weight.exp_avg."""
     entries = (reader := TensorReader(path)).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(part)
-    }
+    names = [name for name in entries if name.startswith(part)]
+    state = {name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
     dcp.load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix(part): tensor for name, tensor in state.items()}
 

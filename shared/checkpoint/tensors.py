@@ -48,7 +48,7 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     get_state_dict takes longer than copying the values.
     """
     # state_dict first: under FSDP it shards again what an evaluation left gathered, and the optimizer has the shards.
-    weights = model.state_dict()
+    weights = without_tied(model.state_dict(), model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
         f"state.{names[parameter]}.{key}": value
@@ -56,6 +56,14 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         for key, value in values.items()
     }
     return plain_names(weights, moments)
+
+
+def without_tied(weights: dict, model: nn.Module) -> dict:
+    """Leave out the other names of a parameter that has several, such as a head that is the embedding."""
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(
+        model.named_parameters()
+    ).keys()
+    return {name: value for name, value in weights.items() if name not in again}
 
 
 def plain_names(weights: dict, moments: dict) -> dict[str, Tensor]:
@@ -93,9 +101,8 @@ def group_numbers(optimizer: Optimizer) -> dict[str, float]:
     """
     for name, value in (item for values in optimizer.state.values() for item in values.items()):
         if type(value) in (int, float):
-            what = (
-                f"{type(optimizer).__name__} keeps `{name}` of each parameter as a number, which no checkpoint holds"
-            )
+            kind = type(optimizer).__name__
+            what = f"{kind} keeps `{name}` of each parameter as a number, which no checkpoint holds"
             raise UserError(f"{what}. Take an optimizer that keeps tensors.")
     first, *others = [{name: _number(value) for name, value in group.items()} for group in optimizer.param_groups]
     alike = {name: value for name, value in first.items() if all(group.get(name) == value for group in others)}
@@ -164,14 +171,10 @@ class TensorWriter(_Storage, StorageWriter):
         files = {(result.index.fqn, result.index.offset): result.storage_data for part in results for result in part}
         index = {}
         for name, entry in metadata.state_dict_metadata.items():
-            chunks = [
-                {
-                    "offsets": list(chunk.offsets),
-                    "sizes": list(chunk.sizes),
-                    "file": files.get((name, chunk.offsets)) or files[name, None],
-                }
-                for chunk in entry.chunks
-            ]
+            chunks = []
+            for chunk in entry.chunks:
+                file = files.get((name, chunk.offsets)) or files[name, None]
+                chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": file})
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             index[name] = {"size": list(entry.size), "dtype": dtype, "chunks": chunks}
         write_json(self.folder / INDEX, index)
