@@ -20,7 +20,9 @@ Base: none.
 A step's loss is the sum of its tokens' losses over their number in the whole global batch, which every process knows
 from the corpus. The usual mean of each micro-batch weighs a token by the company it is in.
 
-When: a text, or a pretrained network for it. (benchmarks/results/accuracy_llm_cpu2_2026-12-01.json) 2.0
+When: you have a text, or a pretrained network for it. Measured on Python's help, 2 CPU cores, three seeds: 2.26 bits
+per byte (2.22 to 2.36) of held-out topics after 54 to 71 s (benchmarks/results/accuracy_llm_cpu2_2026-12-01.json). For
+the same text zlib takes 2.47 bits per byte, and xz 2.30, as the first lines of a run say.
 """
 
 import sys
@@ -48,12 +50,7 @@ from shared.text.tokenizer import pretrained_tokenizer
 
 STRATEGIES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 # name: width, blocks, heads, key-value heads, MLP width. demo: ours; the others: Grattafiori et al., arXiv:2407.21783.
-SIZES = {
-    "demo": (128, 2, 4, 4, 384),
-    "1B": (2048, 16, 32, 8, 8192),
-    "3B": (3072, 28, 24, 8, 8192),
-    "8B": (4096, 32, 32, 8, 14336),
-}
+SIZES = {"demo": (128, 2, 4, 4, 384), "1B": (2048, 16, 32, 8, 8192), "8B": (4096, 32, 32, 8, 14336)}
 CHUNK = 2048  # tokens whose logits exist at once
 
 
@@ -61,7 +58,7 @@ CHUNK = 2048  # tokens whose logits exist at once
 class Config:
     """The hyper-parameters; the defaults are those of the demonstration on Python's help."""
 
-    model: Literal["demo", "1B", "3B", "8B"] = HfArg(default="demo", help="size, after Llama 3")
+    model: Literal["demo", "1B", "8B"] = HfArg(default="demo", help="size, after Llama 3")
     pretrained: str = HfArg(default="", help="folder or hub id to fine-tune; it decides network and tokenizer")
     epochs: Positive = HfArg(default=8, help="passes over the training sequences")
     global_batch_size: Positive = HfArg(default=16, help="sequences per step, over all processes and accumulation")
@@ -75,11 +72,8 @@ class Config:
 
 
 class SummedLoss:
-    """Part of a network's class: its forward returns the summed loss of the tokens whose label counts.
-
-    The logits of CHUNK tokens exist at a time, and are computed again in the backward: those of all would take more
-    memory than the rest of a network with a large vocabulary.
-    """
+    """Part of a network's class: its forward returns the summed loss of the tokens whose label counts. The logits of
+    CHUNK tokens exist at a time, computed again in the backward: those of all may take more memory than the rest."""
 
     def forward(self, tokens, labels=None, positions=None):
         """tokens, labels: (B, S) int64. positions: (B, S), each token's place in its document; None: in its row."""
@@ -211,10 +205,12 @@ def evaluate(accelerator, model, loader, run):
 
 
 def check(run_config, text, config, launch):
-    """Raise UserError for a pretrained network that is missing or has too few positions, before the processes meet."""
+    """Raise UserError for a pretrained network that is missing or too small, before the processes meet."""
     if not config.pretrained:
         return
-    sizes = AutoConfig.from_pretrained(find_pretrained(config.pretrained))
+    folder = find_pretrained(config.pretrained)
+    network(text, config, pretrained_tokenizer(folder).size)
+    sizes = AutoConfig.from_pretrained(folder)
     if text.sequence_length > (most := sizes.max_position_embeddings):
         what = f"--sequence_length {text.sequence_length} is more than the {most} positions of --pretrained"
         raise UserError(f"{what} {config.pretrained}. Give {most} or less.")

@@ -21,10 +21,19 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import BANNED, ROOT, Result, blocks, environment
 from forked import Launch, Server
 from test_recipes import LAUNCHED, RECIPES, resolve
-from transformers import ViTConfig, ViTForImageClassification
+from tokenizers import Tokenizer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)  # fmt: skip
 
 from shared.config import RunConfig
 from shared.images import ImageConfig, open_data
+from shared.text import open_corpus
+from shared.text.tokenizer import END, train_tokenizer
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -238,7 +247,27 @@ def desk(tmp_path_factory, image_folder) -> Path:
     (desk / "login/imagenet").mkdir(parents=True)  # $SCRATCH as the preflight finds it, which looks at no image
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(desk / "vit_weights")
+    write_texts(desk)
     return desk
+
+
+def write_texts(desk: Path) -> None:
+    """Write the text, and the language models that commands name; the preflight reads only the config of one."""
+    llama = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    llama |= {"vocab_size": 300, "max_position_embeddings": 1024}
+    LlamaForCausalLM(LlamaConfig(**llama)).save_pretrained(desk / "llm_weights")
+    made = Tokenizer.from_str(train_tokenizer(["some words"], 300).text)
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END).save_pretrained(desk / "llm_weights")
+    models = desk / "dsdir/HuggingFace_Models/meta-llama"
+    models.mkdir(parents=True)
+    shutil.copytree(desk / "llm_weights", models / "Llama-3.2-3B")
+    for folder in ("texts", "dsdir/HuggingFace/roleplay"):
+        (desk / folder).mkdir(parents=True)
+        for number in range(60):
+            (desk / folder / f"{number}.txt").write_text(f"Document {number}. " * 40)
+    (desk / "pairs").mkdir()
+    rows = [{"prompt": f"{number} + 1 = ", "completion": f"{number + 1}"} for number in range(400)]
+    (desk / "pairs/sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +294,7 @@ def packed(desk, server, submission) -> Path:
 
 SMOKE_FORM = "--max_steps 1 --global_batch_size 32 --num_workers 1 --report_to none"
 SMALL = {"resnet": " --model resnet18 --compile False", "vit": " --model demo --patch_size 8"}
+SMALL["llm"] = " --model demo --vocabulary_size 300"
 
 
 def words_of_launch(line: str) -> list[str]:
@@ -282,8 +312,9 @@ def test_each_recipe_command_resolves(line, packed, monkeypatch):
     if "--data" in words and recipe != "resnet_webdataset":  # which reads shards by a rule of its own
         monkeypatch.chdir(packed)
         fraction = float(words[words.index("--val_fraction") + 1]) if "--val_fraction" in words else 0.0
-        train, held_out = open_data(words[words.index("--data") + 1], fraction, 0)
-        assert len(train) > len(held_out) > 0
+        data = words[words.index("--data") + 1]
+        train, held_out = open_corpus(data, 0.1) if recipe == "llm" else open_data(data, fraction, 0)
+        assert len(train[0] if recipe == "llm" else train) > len(held_out[0] if recipe == "llm" else held_out) > 0
 
 
 def recipe_of(line: str) -> str:
@@ -302,8 +333,9 @@ def start(line: str, server: Server, desk: Path) -> tuple[Launch, Path]:
     folder, recipe = desk / f"runs/command-{FLAGGED.index(line)}", recipe_of(line)
     words = words_of_launch(re.sub(r"--num_processes \d+", "--num_processes 2", line))
     words += [*(SMOKE_FORM + SMALL[recipe.split("_")[0]]).split(), "--output_dir", str(folder)]
-    words += [] if "--data" in words else ["--data", "photos"]
-    words += ["--image_size", "32" if "bf16" in words else "16"]  # on CPUs a ResNet in bf16 needs 32
+    if recipe != "llm":
+        words += [] if "--data" in words else ["--data", "photos"]
+        words += ["--image_size", "32" if "bf16" in words else "16"]  # on CPUs a ResNet in bf16 needs 32
     if line.startswith("accelerate"):
         return server.start(words, cwd=desk), folder
     # Each `-c` is a line that a person would type.
@@ -460,7 +492,7 @@ def with_all_fields(server, image_folder, tmp_path_factory) -> Result:
 def test_metrics_has_the_listed_fields(with_all_fields, trained):
     """Together with the runs of the documents' commands, whose images are sound."""
     lines = [line for run in (with_all_fields, *trained.values()) for line in run.lines]
-    for heading, mark in (("A step's line", "loss"), ("An evaluation's line", "accuracy")):
+    for heading, mark in (("A step's line", "loss"), ("An evaluation's line", "eval_samples")):
         found = [{*line} for line in lines if mark in line]
         assert (set.union(*found), set.intersection(*found)) == listed(f"{heading} in metrics.jsonl")
 

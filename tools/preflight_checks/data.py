@@ -15,8 +15,11 @@ def data(plan: Plan, task: Task) -> Iterator[str]:
     if plan.nodes > 1 and "data" not in task.given:
         what = f"without --data the {plan.nodes} nodes train on the demonstration's {task.data.data}"
         yield f"{what}. Give --data FOLDER, or --data {task.data.data} where you mean it."
-    if "$" not in task.data.data:
-        steps_per_epoch(plan, task)
+    if "$" in task.data.data:
+        return
+    if read := getattr(plan.module, "open_corpus", None):
+        read(task.data.data, task.data.val_fraction)
+    steps_per_epoch(plan, task)
 
 
 def steps_per_epoch(plan: Plan, task: Task) -> int | None:

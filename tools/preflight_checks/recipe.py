@@ -165,10 +165,12 @@ def wrapped(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def network(plan: Plan, task: Task):
-    """Return the recipe's model without memory: of --vocabulary_size tokens, or of 1,000 classes unless the data is a
-    demonstration's."""
+    """Return the recipe's model without memory: of 1,000 classes unless the data is a demonstration's, or of
+    --vocabulary_size tokens unless it is pretrained."""
     import torch
 
-    classes = 10 if task.data.data in ("digits", "fashion") else 1000
+    size = 10 if task.data.data in ("digits", "fashion") else 1000
+    if hasattr(task.data, "vocabulary_size"):
+        size = 0 if task.config.pretrained else task.data.vocabulary_size
     with torch.device("meta"):
-        return plan.module.build_model(task.data, task.config, getattr(task.data, "vocabulary_size", classes), 0)
+        return plan.module.build_model(task.data, task.config, size, 0)
