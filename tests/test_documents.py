@@ -313,8 +313,12 @@ def test_each_recipe_command_resolves(line, packed, monkeypatch):
         monkeypatch.chdir(packed)
         fraction = float(words[words.index("--val_fraction") + 1]) if "--val_fraction" in words else 0.0
         data = words[words.index("--data") + 1]
-        train, held_out = open_corpus(data, 0.1) if recipe == "llm" else open_data(data, fraction, 0)
-        assert len(train[0] if recipe == "llm" else train) > len(held_out[0] if recipe == "llm" else held_out) > 0
+        train, held_out = open_corpus(data, 0.1) if recipe.startswith("llm") else open_data(data, fraction, 0)
+        assert (
+            len(train[0] if recipe.startswith("llm") else train)
+            > len(held_out[0] if recipe.startswith("llm") else held_out)
+            > 0
+        )
 
 
 def recipe_of(line: str) -> str:
@@ -333,7 +337,7 @@ def start(line: str, server: Server, desk: Path) -> tuple[Launch, Path]:
     folder, recipe = desk / f"runs/command-{FLAGGED.index(line)}", recipe_of(line)
     words = words_of_launch(re.sub(r"--num_processes \d+", "--num_processes 2", line))
     words += [*(SMOKE_FORM + SMALL[recipe.split("_")[0]]).split(), "--output_dir", str(folder)]
-    if recipe != "llm":
+    if not recipe.startswith("llm"):
         words += [] if "--data" in words else ["--data", "photos"]
         words += ["--image_size", "32" if "bf16" in words else "16"]  # on CPUs a ResNet in bf16 needs 32
     if line.startswith("accelerate"):

@@ -5,6 +5,7 @@ import ast
 import difflib
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from shared.checkpoint import checkpoints, read_weights
 from shared.text import open_corpus
-from shared.text.tokenizer import END, train_tokenizer
+from shared.text.loader import cut
+from shared.text.tokenizer import END, byte_tokenizer, train_tokenizer
 
-RECIPE = ROOT / "recipes/llm.py"
+RECIPE, PACKING = (ROOT / f"recipes/{name}.py" for name in ("llm", "llm_packing"))
 # The learning rate still rises in the last step. Completions differ in length: so do the tokens of each process.
 STEPS = [*LLM, "--num_workers", "0", "--loss_on", "completion", "--max_grad_norm", "0.5"]
 CASES = {
@@ -158,6 +160,67 @@ def test_bf16_leaves_the_loss_in_fp32(run, single):
         rounded = torch.tensor(losses[topology]).bfloat16().tolist()
         assert all(loss != other for loss, other in zip(losses[topology], rounded, strict=True))
     assert losses["ddp"] != single.series("loss")[:6]
+
+
+# Packing
+
+
+@pytest.fixture(scope="module")
+def packed(run) -> Result:
+    return run("packed", "ddp", 1, [], recipe=PACKING)
+
+
+@pytest.mark.parametrize(("topology", "processes", "steps"), [("ddp", 1, 8), ("ddp", 2, 0), ("fsdp", 2, 0)])
+def test_packing_is_the_same_on_each_topology_and_after_a_stop(run, packed, topology, processes, steps):
+    name = f"packed {topology} {processes}"
+    for most in (steps, 20) if steps else (20,):
+        result = run(name, topology, processes, [], recipe=PACKING, steps=most)
+    assert result.series("samples_digest") == packed.series("samples_digest")
+    np.testing.assert_allclose(result.series("loss"), packed.series("loss"), rtol=0 if steps else 1e-6)
+    np.testing.assert_allclose(result.series("grad_norm"), packed.series("grad_norm"), rtol=0 if steps else 1e-5)
+
+
+def test_an_evaluation_of_packed_documents_is_that_of_separate_ones(run):
+    flags = ["--learning_rate", "0"]
+    results = [run(f"still {recipe.stem}", "ddp", 1, flags, 1, recipe) for recipe in (RECIPE, PACKING)]
+    for figure in ("bits_per_byte", "perplexity", "eval_loss"):
+        ours, theirs = (result.series(figure) for result in results)
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    blocks = re.search(r"packed into ([\d,]+) blocks, 9\d\.\d% full; unpacked: \d\d\.\d%", results[1].text)
+    assert int(blocks[1].replace(",", "")) < 0.6 * 2551  # the sequences of llm.py
+
+
+def test_a_packed_document_has_the_loss_and_the_gradients_of_one_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = importlib.import_module("llm_packing")
+    text = recipe.TextConfig(data="docstrings", loss_on="completion", sequence_length=96)
+    sequences = cut(open_corpus("docstrings", 0.1)[1], byte_tokenizer(), text)
+    blocks = recipe.pack(sequences)
+    assert sorted(piece for block in blocks.members for piece in block) == [*range(len(sequences))]
+    assert all(sequences.pieces[block, 1].sum() <= 96 for block in blocks.members)
+    assert blocks.counted.sum() == sequences.counted.sum()
+    chosen = [index for index, block in enumerate(blocks.members) if len(block) > 1][:6]
+    alone = [piece for index in chosen for piece in blocks.members[index]]
+    assert len(alone) >= 12
+    model = recipe.build_model(text, recipe.Config(), 257, 0)
+    found = []
+    for data, indices in ((blocks, chosen), (sequences, alone)):
+        batch = data.__getitems__([(0, index) for index in indices])
+        model.zero_grad()
+        loss = model(batch.tokens, batch.labels, batch.positions)
+        loss.backward()
+        found.append((loss.detach(), torch.cat([each.grad.flatten() for each in model.parameters()])))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5 * float(found[1][1].abs().max()))
+    batch = blocks.__getitems__([(0, chosen[0])])
+    first = int(blocks.pieces[blocks.members[chosen[0]][0], 1])
+    losses = []
+    for begin in (1, 2):  # other tokens in the block's first document, of which the others must see nothing
+        labels = batch.labels.clone()
+        labels[0, :first] = -100
+        tokens = torch.cat([torch.full((1, first), begin), batch.tokens[:, first:]], dim=1)
+        losses.append(model(tokens, labels, batch.positions).item())
+    assert losses[0] == losses[1] > 0
 
 
 # The run's folder, and weights for others

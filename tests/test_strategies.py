@@ -232,10 +232,13 @@ CHECKED["no"] |= {("vit_augmentation", each) for each in ("ddp", "fsdp", "hsdp")
 CHECKED["no"] |= {(f"resnet_{each}", "ddp") for each in ("augmentation", "race", "large_batch")}
 # tests/test_llm.py
 CHECKED["no"] |= {("llm", each) for each in ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")}
+CHECKED["no"] |= {("llm_packing", "ddp"), ("llm_packing", "fsdp")}
 CHECKED["bf16"] |= {("llm", "ddp"), ("llm", "fsdp")}
-# Those that change resnet.py's loaders and leave its loop, where autocast is: resnet.py's own row covers them.
-HEADS = {name: (ROOT / f"recipes/{name}.py").read_text() for name, _ in TABLE if name.startswith("resnet_")}
-CHECKED["bf16"] |= {(name, "ddp") for name in HEADS if not re.search(r"Changes: .*train_one_epoch", HEADS[name])}
+# Those that change the loaders of resnet.py or llm.py and leave the loop, where autocast is: their base covers them.
+HEADS = {
+    case: (ROOT / f"recipes/{case[0]}.py").read_text() for case in TABLE if case[0].startswith(("resnet_", "llm_"))
+}
+CHECKED["bf16"] |= {case for case in HEADS if not re.search(r"Changes: .*train_one_epoch", HEADS[case])}
 # FSDP's and ZeRO's other stages, and TP's other topology, cast where the ones in HALF and below do.
 CHECKED["bf16"] |= {(name, each) for name in ("vit", "llm") for each in ("hsdp", "zero1", "zero3", "zero3_offload")}
 CHECKED["bf16"] |= {("vit_fsdp", "hsdp"), ("vit_zero", "zero1"), ("vit_zero", "zero2")}
@@ -250,7 +253,7 @@ def test_each_yes_of_the_table_trains(server, image_folder, tmp_path, precision,
     launch = {"num_processes": processes, "config_file": f"local_{topology}.yaml", "mixed_precision": precision}
     flags = ["--max_steps", "2", "--logging_steps", "1", "--num_workers", "0", *QUIET]
     flags += ["--global_batch_size", "32"]
-    flags += [] if recipe == "llm" else ["--image_size", "16" if precision == "no" else "32"]
+    flags += [] if recipe.startswith("llm") else ["--image_size", "16" if precision == "no" else "32"]
     if recipe.startswith("vit"):
         flags += ["--data", str(image_folder)]
     result = train(tmp_path / "run", *flags, recipe=path, server=server, **launch)

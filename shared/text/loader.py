@@ -96,8 +96,10 @@ def build_sequences(
     config,
     corpora: tuple[Corpus, Corpus],
     tokenizer: Tokenizer | None = None,
+    pack: Callable[[Sequences], Sequences] = lambda sequences: sequences,
 ) -> list[Sequences]:
     """Return this process's share of the training and of the held-out sequences. tokenizer: None is --tokenizer's.
+    pack: what a recipe makes of each part's sequences before they have an order.
 
     Raises UserError where the batch does not divide among the processes, or no token of a part would count.
     """
@@ -108,7 +110,7 @@ def build_sequences(
         tokenizer = train_tokenizer((_spelled(each) for each in corpora[0].documents), text.vocabulary_size)
     seed, share = run_config.seed, data_parallel(accelerator)
     batch = micro_batch_size(config, share[1])
-    train, held_out = (cut(corpus, tokenizer, text) for corpus in corpora)
+    train, held_out = (pack(cut(corpus, tokenizer, text)) for corpus in corpora)
     orders = (
         TrainingOrder(len(train), config.global_batch_size, batch, *share, seed, weights=train.counted),
         EvaluationOrder(len(held_out), batch, *share),
