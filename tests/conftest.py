@@ -168,7 +168,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 LONGEST = ("test_slurm", "test_strategies", "test_survival", "test_signals", "test_recipes", "test_loaders")
-LONGEST += ("test_augmentation", "test_training", "test_resume")
+LONGEST += ("test_llm", "test_augmentation", "test_training", "test_resume")
 
 
 @pytest.fixture(scope="session")

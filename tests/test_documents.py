@@ -266,7 +266,7 @@ def write_texts(desk: Path) -> None:
         for number in range(60):
             (desk / folder / f"{number}.txt").write_text(f"Document {number}. " * 40)
     (desk / "pairs").mkdir()
-    rows = [{"prompt": f"{number} + 1 = ", "completion": f"{number + 1}"} for number in range(400)]
+    rows = [{"prompt": f"{number}**40 is ", "completion": str(number**40)} for number in range(400)]
     (desk / "pairs/sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
