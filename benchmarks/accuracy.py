@@ -5,8 +5,9 @@
     python benchmarks/accuracy.py --vary "--norm batch" --vary "--norm group" --target 0.97 --output norms
 
 Runs the plain public command once per seed, and writes benchmarks/results/accuracy_<recipe>_<hardware>_<date>.json.
-Each --vary is a set of flags; all sets train with the same seeds, in turn. `seconds` are the run's own, of training
-and evaluations; `wall_seconds` and `seconds_to_target` count from the command, with imports and compilation.
+Each --vary is a set of flags, before which another recipe's name may stand; all sets train with the same seeds, in
+turn. `seconds` are the run's own, of training and evaluations; `wall_seconds` and `seconds_to_target` count from the
+command, with imports and compilation.
 """
 
 import argparse
@@ -37,8 +38,9 @@ def main() -> None:
     sets, runs = [{"vary": vary} for vary in arguments.vary or ()] or [{}], []
     for seed in range(arguments.seeds):
         for each in sets:
-            words = [*flags, *shlex.split(each.get("vary", ""))]
-            runs.append(each | train(arguments.recipe, seed, words, arguments.target))
+            words = shlex.split(each.get("vary", ""))
+            recipe = words.pop(0) if words and not words[0].startswith("-") else arguments.recipe
+            runs.append(each | train(recipe, seed, [*flags, *words], arguments.target))
     more = {} if arguments.target is None else {"target": arguments.target}
     figures = (*FIGURES, "wall_seconds", *(("steps_to_target", "seconds_to_target") if more else ()))
     rows = [
