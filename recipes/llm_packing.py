@@ -164,7 +164,10 @@ def build_model(text, config, vocabulary, seed):
     sizes = network(text, config, vocabulary)
     pretrained = config.pretrained and torch.get_default_device().type != "meta"
     if pretrained:
-        model = AutoModelForCausalLM.from_pretrained(find_pretrained(config.pretrained), config=sizes, **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(find_pretrained(config.pretrained), config=sizes, **options)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--pretrained {config.pretrained} cannot be loaded: {error} Give another.") from error
     else:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(sizes, **options)
@@ -210,7 +213,6 @@ def network(text, config, vocabulary):
 def build_optimizer(model, config, steps_per_epoch):
     """Return AdamW and its learning rate scheduler, which counts global steps."""
     groups = parameter_groups(model, config.weight_decay)
-    # fused: one pass over weights, gradients and both moments instead of one for each operation.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=True)
     steps, warmup = (round(epochs * steps_per_epoch) for epochs in (config.epochs, config.warmup_epochs))
     return optimizer, build_scheduler(optimizer, "cosine", steps, warmup)
@@ -271,7 +273,7 @@ def check(run_config, text, config, launch):
     folder = find_pretrained(config.pretrained)
     network(text, config, pretrained_tokenizer(folder).size)
     sizes = AutoConfig.from_pretrained(folder)
-    if text.sequence_length > (most := sizes.max_position_embeddings):
+    if text.sequence_length > (most := getattr(sizes, "max_position_embeddings", text.sequence_length)):
         what = f"--sequence_length {text.sequence_length} is more than the {most} positions of --pretrained"
         raise UserError(f"{what} {config.pretrained}. Give {most} or less.")
     if (rates := dropout(sizes)) and rank() == 0:

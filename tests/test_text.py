@@ -123,7 +123,9 @@ def test_a_table_gives_the_documents_of_its_lines(tmp_path):
         ([], "holds no .txt, .jsonl, .parquet file"),
         ([{"body": "x"}], "row a.jsonl:1 has body. Give text, or prompt and completion, or messages."),
         ([3], "row a.jsonl:1 has int."),
-        ([{"text": 3}], "row a.jsonl:1 has something else than text as its text. Write strings."),
+        ([{"text": 3}], "row a.jsonl:1 has something else than text as its text. Write strings;"),
+        ([{"messages": ["x"]}], "row a.jsonl:1 has something else than text as its messages."),
+        ([{"messages": [{"content": "x"}]}], "a message has a role and a content."),
         ([{"messages": [{"role": "user"}]}], "row a.jsonl:1 has something else than text as its messages."),
         (
             ["{", {"text": ""}],
@@ -139,6 +141,12 @@ def test_data_that_cannot_be_used_is_one_line(tmp_path, rows, words):
         open_corpus(str(tmp_path), 0.0)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_table_is_one_line(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a.parquet is damaged, or no parquet file: .*Write it again"):
+        open_corpus(str(tmp_path), 0.1)
 
 
 def test_a_text_that_is_not_utf_8_is_one_line(tmp_path):
@@ -200,8 +208,10 @@ def test_tokenizers_that_cannot_do_it_are_one_line(saved, tmp_path):
     messages = Document("a.jsonl:1", messages=({"role": "user", "content": "x"},))
     with pytest.raises(UserError, match=r"a.jsonl:1 has messages, and the tokenizer has no chat template"):
         saved().tokens(messages, learn_all=True)
-    with pytest.raises(UserError, match="does not mark what the assistant says"):
+    with pytest.raises(UserError, match=r"no \{% generation %\} around what the assistant says"):
         saved("{% for m in messages %}{{ m.content }}{% endfor %}").tokens(messages, learn_all=False)
+    with pytest.raises(UserError, match=r"a.jsonl:1: the chat template refuses it: roles must alternate"):
+        saved("{{ raise_exception('roles must alternate') }}").tokens(messages, learn_all=True)
     with pytest.raises(UserError, match=r"a.txt begins with the tokenizer's own first token"):
         saved().tokens(Document("a.txt", f"{END}It is."), learn_all=True)
     (tmp_path / "empty").mkdir()

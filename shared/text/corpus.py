@@ -151,21 +151,27 @@ def _read_lines(path: Path, name: str, left_out: dict) -> Iterator[Document]:
 def _read_table(path: Path, name: str, left_out: dict) -> Iterator[Document]:
     import pyarrow.parquet as pq
 
-    rows = (row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-    for number, values in enumerate(rows, 1):
+    try:
+        batches = pq.ParquetFile(path).iter_batches()
+    except ValueError as error:  # pyarrow's
+        raise UserError(f"{path} is damaged, or no parquet file: {error} Write it again.") from error
+    for number, values in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
         yield _document(f"{name}:{number}", values, path)
 
 
 def _document(name: str, values: dict, path: Path) -> Document:
     """Return a row's document. Raises UserError where it has none of the known columns."""
     columns = next((each for each in COLUMNS if isinstance(values, dict) and {*each} <= values.keys()), None)
+    row = f"{path}: row {name}"
     if columns is None:
         there = ", ".join(values) if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: row {name} has {there}. Give text, or prompt and completion, or messages.")
+        raise UserError(f"{row} has {there}. Give text, or prompt and completion, or messages.")
     messages = tuple(values["messages"] or ()) if columns[0] == "messages" else ()
-    texts = [each.get("content") for each in messages] or [values[column] or "" for column in columns]
+    said = [each.get("content") if isinstance(each, dict) and "role" in each else None for each in messages]
+    texts = said or [values[column] or "" for column in columns]
     if not all(isinstance(each, str) for each in texts):
-        raise UserError(f"{path}: row {name} has something else than text as its {columns[-1]}. Write strings.")
+        why = f"{row} has something else than text as its {columns[-1]}"
+        raise UserError(f"{why}. Write strings; a message has a role and a content.")
     if messages:
         return Document(name, messages=messages)
     return Document(name, texts[-1], texts[0] if len(columns) == 2 else "")

@@ -90,14 +90,9 @@ class Sequences(Dataset):
 
 
 def build_sequences(
-    accelerator: Accelerator,
-    run_config,
-    text: TextConfig,
-    config,
-    corpora: tuple[Corpus, Corpus],
-    tokenizer: Tokenizer | None = None,
-    pack: Callable[[Sequences], Sequences] = lambda sequences: sequences,
-) -> list[Sequences]:
+    accelerator: Accelerator, run_config, text: TextConfig, config, corpora: tuple[Corpus, Corpus],
+    tokenizer: Tokenizer | None = None, pack: Callable[[Sequences], Sequences] = lambda sequences: sequences,
+) -> list[Sequences]:  # fmt: skip
     """Return this process's share of the training and of the held-out sequences. tokenizer: None is --tokenizer's.
     pack: what a recipe makes of each part's sequences before they have an order.
 

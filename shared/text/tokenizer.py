@@ -36,16 +36,19 @@ class Tokenizer(NamedTuple):
         return [*first, *prompt, *text, self.end], learned
 
     def _conversation(self, document: Document, learn_all: bool) -> tuple[list[int], list[bool]]:
+        from jinja2 import TemplateError
+
         template = getattr(self.chat, "chat_template", None)
         if not template:
             raise UserError(f"{document.name} has messages, and the tokenizer has no chat template. Give prompts.")
         if not learn_all and "{% generation %}" not in template.replace("{%-", "{%").replace("-%}", "%}"):
-            raise UserError(
-                "the tokenizer's chat template does not mark what the assistant says ({% generation %}), so "
-                "--loss_on completion cannot know it. Give --loss_on all, or add the marks."
-            )
+            why = "the tokenizer's chat template has no {% generation %} around what the assistant says"
+            raise UserError(f"{why}: --loss_on completion needs it. Add it, or give --loss_on all.")
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": not learn_all}
-        made = self.chat.apply_chat_template(list(document.messages), **options)
+        try:
+            made = self.chat.apply_chat_template(list(document.messages), **options)
+        except TemplateError as error:
+            raise UserError(f"{document.name}: the chat template refuses it: {error}. Change its messages.") from error
         tokens = made["input_ids"]
         learned = [True] * len(tokens) if learn_all else [bool(each) for each in made["assistant_masks"]]
         if tokens[-1] != self.end:
@@ -65,10 +68,8 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
 
     library = Library(models.BPE())
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    options = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, **options)
     library.train_from_iterator(texts, trainer)
     library.encode_special_tokens = True  # a document that quotes END does not end there
     text, end = library.to_str(), library.token_to_id(END)
