@@ -26,8 +26,8 @@ of each: the defaults are those of papers and libraries. AdamW, LAMB and Lion wa
     $C --global_batch_size 8192 --epochs 75 --optimizer lars
 
 When: many GPUs share each batch, and fewer steps count for more than fewer images. Measured on 8,192 garments at 12
-px, six epochs, top-1, medians of three seeds, with 128, 1,024 and 4,096 images a step: SGD 78.8, 73.1 and 16.0 %, AdamW
-82.1, 76.6 and 36.6 %, LARS 81.7, 80.1 and 36.4 %, LAMB 82.7, 78.6 and 57.5 %, Lion 80.5, 73.1 and 52.5 %
+px, six epochs, top-1, medians of three seeds, with 128, 1,024 and 4,096 images a step: SGD 78.8, 73.1 and 16.0 %,
+AdamW 82.1, 76.6 and 36.6 %, LARS 81.7, 80.1 and 36.4 %, LAMB 82.7, 78.6 and 57.5 %, Lion 80.5, 73.1 and 52.5 %
 (benchmarks/results/large_batch_cpu2_2026-12-01.json). Each base rate is the best of several at 1,024 images
 (benchmarks/results/large_batch_tuning_cpu2_2026-12-01.json); the scaling rule gave the others.
 """
