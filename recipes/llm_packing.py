@@ -89,7 +89,7 @@ class SummedLoss:
             same = document[:, :, None] == document[:, None, :]
             inputs["attention_mask"] = same.tril()[:, None]  # (B, 1, S, S): a token sees its own document so far
         states = self.get_decoder()(**inputs).last_hidden_state
-        labels = tokens if labels is None else labels
+        labels = tokens if labels is None else labels  # settle_buckets and check_head give tokens alone
         total = torch.zeros((), device=tokens.device)
         for part, those in zip(states.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True):
             total = total + checkpoint(self._chunk, part, those, use_reentrant=False, preserve_rng_state=False)
@@ -221,7 +221,7 @@ def build_optimizer(model, config, steps_per_epoch):
 def parallelize(accelerator, model, optimizer, config):
     """Apply the device, precision, replicas and shards of the YAML with `accelerator.prepare`."""
     if config.compile:
-        for block in model.get_decoder().layers:
+        for block in max((each for each in model.modules() if isinstance(each, torch.nn.ModuleList)), key=len):
             block.compile()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin and plugin.mixed_precision_policy:  # accelerate 1.15 would round the loss to 16 bits

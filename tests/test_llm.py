@@ -162,6 +162,19 @@ def test_bf16_leaves_the_loss_in_fp32(run, single):
     assert losses["ddp"] != single.series("loss")[:6]
 
 
+def test_sizes_are_those_of_llama_3(monkeypatch):
+    """Llama-3.2-1B has 1,235,814,400 weights, its head tied, and Llama-3.1-8B 8,030,261,248; by hand, with the
+    vocabulary of 128,256."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = importlib.import_module("llm")
+    counts = {}
+    for name in ("1B", "8B"):
+        with torch.device("meta"):
+            model = recipe.build_model(recipe.TextConfig(), recipe.Config(model=name), 128256, 0)
+        counts[name] = sum(each.numel() for each in model.parameters())
+    assert counts == {"1B": 1_235_814_400, "8B": 8_030_261_248}
+
+
 # Packing
 
 

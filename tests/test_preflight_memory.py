@@ -164,3 +164,13 @@ def test_every_kind_of_recipe_is_estimated(run, machine, strategy, recipe, state
     assert job.status == 0, job.errors
     sizes = re.search(r"estimated: ([\d.]+) parameters \+ [\d.]+ gradients \+ ([\d.]+) optimizer .* of 77.4", job.out)
     assert float(sizes[2]) == pytest.approx(float(sizes[1]) * state / 4, abs=0.11 * state / 4), job.out
+
+
+def test_a_language_models_logits_are_counted(run):
+    """12 bytes for each of 2,048 tokens and 128,256 words; the 1.24 billion weights take 4 bytes on each of 8 GPUs'
+    shards, and so do the gradients."""
+    flags = ["--model", "1B", "--vocabulary_size", "128256", "--sequence_length", "2048", "--global_batch_size", "16"]
+    job = estimate(run, "h100", "fsdp", "llm", *flags)
+    line = next(line for line in job.out.splitlines() if line.startswith("Memory of a GPU"))
+    assert f"{12 * 2048 * 128256 / 2**30:.1f} logits" in line
+    assert line.startswith(f"Memory of a GPU, estimated: {4 * 1_235_814_400 / 8 / 2**30:.1f} parameters + ")

@@ -20,6 +20,7 @@ class Network(NamedTuple):
     shapes: dict  # of the weights by name
     saved: NamedTuple  # by a forward: memory_estimate.Activations
     state_bytes: float  # of the optimizer, for each parameter
+    logits: float  # bytes of a language model's, which exist for CHUNK tokens at a time
 
 
 def memory(plan: Plan) -> Iterator[str]:
@@ -76,7 +77,9 @@ def measure(plan: Plan, task: Task) -> Network:
     if getattr(task.config, "sequence_parallel", False):
         saved = saved._replace(split=saved.block)
     optimizer, *_ = plan.module.build_optimizer(model, task.config, 100)
-    return Network(shapes, saved, memory_estimate.state_bytes(optimizer))
+    tokens = min(getattr(plan.module, "CHUNK", 0), plan.micro_batch(task) * getattr(task.data, "sequence_length", 0))
+    logits = 3 * 4 * tokens * model.config.vocab_size if tokens else 0  # in fp32, with log-softmax and gradient
+    return Network(shapes, saved, memory_estimate.state_bytes(optimizer), logits)
 
 
 def estimate(plan: Plan, task: Task, model: Network, factor: int, recompute: bool) -> dict[str, float]:
@@ -99,6 +102,8 @@ def estimate(plan: Plan, task: Task, model: Network, factor: int, recompute: boo
         how["waiting"] = min(1, stages / config.pipeline_chunks)
     images = plan.micro_batch(task) // factor
     peak = memory_estimate.peak(plan.kind, model.shapes, plan.world_size, kept, model.saved, images, **split, **how)
+    if model.logits:
+        peak |= {"logits": model.logits, "total": peak["total"] + model.logits}
     return peak | {"host": host}
 
 
